@@ -1,0 +1,128 @@
+"""Which implementation answers a call: a pure function of device, dtype and shape that can say why not.
+
+The backends of a device are tried in order; the first whose ``why_not`` returns ``None`` runs.  ``with backend(name):``
+or the environment variable ``XSEP_BACKEND`` forces one; a problem it cannot take then raises.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Iterator, Protocol
+
+import torch
+from torch import Tensor
+
+from . import aten, cpu
+from .problem import Problem, check_sizes
+
+NAMES = ("cpu", "cuda", "cuda-emulated", "triton", "aten")
+
+
+class Backend(Protocol):
+    """A set of implementations of the four maps.  Tensors come checked; outputs are dense in ``p.memory_format``."""
+
+    name: str
+
+    def why_not(self, problem: Problem) -> str | None: ...
+    def fprop(self, p: Problem, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor: ...
+    def dgrad(self, p: Problem, dy: Tensor, w: Tensor) -> Tensor: ...
+    def wgrad(self, p: Problem, dy: Tensor, x: Tensor) -> Tensor: ...
+    def dgrad_wgrad(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+class _Absent:
+    """A backend this installation does not have; it exists to say so."""
+
+    def __init__(self, name: str, reason: str):
+        self.name, self._reason = name, reason
+
+    def why_not(self, problem: Problem) -> str | None:
+        return self._reason
+
+
+BACKENDS: dict[str, Backend] = {
+    "cpu": cpu,
+    "cuda": _Absent("cuda", "this version of xsep has no CUDA kernels"),
+    "cuda-emulated": _Absent("cuda-emulated", "this version of xsep has no CUDA kernels to emulate"),
+    "triton": _Absent("triton", "this version of xsep has no Triton kernels"),
+    "aten": aten,
+}  # type: ignore[dict-item]  # modules and _Absent stand in for the protocol
+
+_ORDER = {"cpu": ("cpu", "aten"), "cuda": ("cuda", "triton", "aten")}
+_forced: str | None = None
+
+
+def _known(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source} must be one of {', '.join(NAMES)}; got {name!r}")
+    return name
+
+
+if os.environ.get("XSEP_BACKEND"):
+    _forced = _known(os.environ["XSEP_BACKEND"], "XSEP_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces a backend for every thread of the process (backward may run in another) while the context is open.
+
+    ``name`` is one of ``cpu``, ``cuda``, ``cuda-emulated``, ``triton``, ``aten``; another raises ``ValueError``.  An
+    operator that the forced backend cannot take raises ``RuntimeError`` with the reason.
+    """
+    global _forced
+    before, _forced = _forced, _known(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(problem: Problem) -> Backend:
+    """The backend that runs ``problem``.  Raises ``ValueError`` for sizes that do not fit together."""
+    return _choose(problem, _forced)
+
+
+@lru_cache(maxsize=4096)
+def _choose(problem: Problem, forced: str | None) -> Backend:
+    check_sizes(*problem[3:])
+    if forced is not None:
+        reason = BACKENDS[forced].why_not(problem)
+        if reason is not None:
+            raise RuntimeError(f"backend {forced!r} is forced but cannot run {problem}: {reason}")
+        return BACKENDS[forced]
+    order = _ORDER.get(problem.device, ("aten",))
+    for name in order:
+        if BACKENDS[name].why_not(problem) is None:
+            break
+    if name == "aten" and order[0] != "aten":
+        _warn_once(problem.device, problem.dtype, BACKENDS[order[0]].why_not(problem))
+    return BACKENDS[name]
+
+
+@lru_cache(maxsize=None)
+def _warn_once(device: str, dtype: torch.dtype, reason: str | None) -> None:
+    warnings.warn(f"xsep runs torch's own kernels for {dtype} on {device}: {reason}", stacklevel=2)
+
+
+def explain_problem(problem: Problem) -> str:
+    """A line per backend: which one runs ``problem``, and why the others do not."""
+    lines = [str(problem)]
+    chosen: str | None = None
+    try:
+        chosen = choose(problem).name
+    except RuntimeError as error:
+        lines.append(f"  raises: {error}")
+    order = _ORDER.get(problem.device, ("aten",))
+    for name in NAMES:
+        reason = BACKENDS[name].why_not(problem)
+        if name == chosen:
+            reason = "runs" + (" (forced)" if _forced else "")
+        elif reason is None:
+            reason = "could run, but another is forced" if _forced else f"could run; comes after {chosen}"
+            if not _forced and name not in order:
+                reason = "could run if forced"
+        lines.append(f"  {name:14s} {reason}")
+    return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""The torch operators: schema, shapes, derivatives, autocast, FLOP counts.
+
+    y      = xsep::fprop(x, w, bias)
+    dx     = xsep::dgrad(dy, w)
+    dw     = xsep::wgrad(dy, x)
+    dx, dw = xsep::dgrad_wgrad(dy, x, w)      one pass over dy, picked by fprop's backward
+
+The first three (bias aside) are bilinear and closed: the derivative of each is made of the other two, so every order of
+derivative exists.  x is (N, C, H, W), w is (C*M, 1, R, S), y is (N, C*M, P, Q); pad is (top, bottom, left, right).
+An output has the memory format of the first tensor beside it: y and dx of x in fprop and dgrad_wgrad, dx of dy in dgrad.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import Library, register_autograd, register_fake
+from torch.utils.flop_counter import register_flop_formula
+
+from . import backends
+from .._compat import autocast_dtype
+from .problem import Problem, check_same, check_sizes, is_nhwc, memory_format
+
+_GEOMETRY = "SymInt[2] stride, SymInt[4] pad, SymInt[2] dilation"
+
+lib = Library("xsep", "DEF")
+lib.define(f"fprop(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor")
+lib.define(f"dgrad(Tensor dy, Tensor w, SymInt[] x_sizes, {_GEOMETRY}) -> Tensor")
+lib.define(f"wgrad(Tensor dy, Tensor x, SymInt[] w_sizes, {_GEOMETRY}) -> Tensor")
+lib.define(f"dgrad_wgrad(Tensor dy, Tensor x, Tensor w, {_GEOMETRY}) -> (Tensor, Tensor)")
+ops = torch.ops.xsep
+
+
+def _problem(t: Tensor, nhwc: bool, x_sizes, w_sizes, stride, pad, dilation) -> Problem:
+    return Problem(
+        t.device.type, t.dtype, nhwc, tuple(x_sizes), tuple(w_sizes), tuple(stride), tuple(pad), tuple(dilation)
+    )
+
+
+def _check_dy(dy: Tensor, sizes) -> None:
+    if tuple(dy.shape) != tuple(sizes):
+        raise ValueError(f"dy must have shape {tuple(sizes)}; got {tuple(dy.shape)}")
+
+
+def _check_bias(x: Tensor, w: Tensor, bias: Tensor | None) -> None:
+    if bias is not None:
+        check_same("input", x, "bias", bias)
+        if tuple(bias.shape) != (w.shape[0],):
+            raise ValueError(f"bias must have shape ({w.shape[0]},); got {tuple(bias.shape)}")
+
+
+def _fprop(x, w, bias, stride, pad, dilation):
+    check_same("input", x, "weight", w)
+    if bias is not None:
+        _check_bias(x, w, bias)
+    p = _problem(x, x.dim() == 4 and is_nhwc(x), x.shape, w.shape, stride, pad, dilation)
+    return backends.choose(p).fprop(p, x, w, bias)
+
+
+def _dgrad(dy, w, x_sizes, stride, pad, dilation):
+    check_same("dy", dy, "weight", w)
+    p = _problem(dy, is_nhwc(dy), x_sizes, w.shape, stride, pad, dilation)
+    chosen = backends.choose(p)
+    _check_dy(dy, p.y)
+    return chosen.dgrad(p, dy, w)
+
+
+def _wgrad(dy, x, w_sizes, stride, pad, dilation):
+    check_same("dy", dy, "input", x)
+    p = _problem(x, is_nhwc(x), x.shape, w_sizes, stride, pad, dilation)
+    chosen = backends.choose(p)
+    _check_dy(dy, p.y)
+    return chosen.wgrad(p, dy, x)
+
+
+def _dgrad_wgrad(dy, x, w, stride, pad, dilation):
+    check_same("dy", dy, "input", x)
+    check_same("input", x, "weight", w)
+    p = _problem(x, is_nhwc(x), x.shape, w.shape, stride, pad, dilation)
+    chosen = backends.choose(p)
+    _check_dy(dy, p.y)
+    return chosen.dgrad_wgrad(p, dy, x, w)
+
+
+for _name, _kernel in (("fprop", _fprop), ("dgrad", _dgrad), ("wgrad", _wgrad), ("dgrad_wgrad", _dgrad_wgrad)):
+    for _key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
+        lib.impl(_name, _kernel, _key)
+
+
+@register_fake("xsep::fprop", lib=lib)
+def _(x, w, bias, stride, pad, dilation):
+    check_same("input", x, "weight", w)
+    _check_bias(x, w, bias)
+    sizes = check_sizes(x.shape, w.shape, stride, pad, dilation)
+    return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+@register_fake("xsep::dgrad", lib=lib)
+def _(dy, w, x_sizes, stride, pad, dilation):
+    check_sizes(x_sizes, w.shape, stride, pad, dilation)
+    return torch.empty(x_sizes, dtype=dy.dtype, device=dy.device, memory_format=memory_format(dy))
+
+
+@register_fake("xsep::wgrad", lib=lib)
+def _(dy, x, w_sizes, stride, pad, dilation):
+    check_sizes(x.shape, w_sizes, stride, pad, dilation)
+    return torch.empty(w_sizes, dtype=x.dtype, device=x.device)
+
+
+@register_fake("xsep::dgrad_wgrad", lib=lib)
+def _(dy, x, w, stride, pad, dilation):
+    check_sizes(x.shape, w.shape, stride, pad, dilation)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return dx, torch.empty(w.shape, dtype=x.dtype, device=x.device)
+
+
+def _keep(count: int):
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:count])
+        ctx.has_bias = len(inputs) == 6 and isinstance(inputs[2], Tensor)
+        ctx.geometry = inputs[-3:]
+
+    return setup_context
+
+
+def _as(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` dense in the memory format of ``like``: an incoming gradient may be expanded or in the other layout."""
+    return t.contiguous(memory_format=memory_format(like))
+
+
+def _fprop_backward(ctx, dy):
+    x, w = ctx.saved_tensors
+    need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+    dy = _as(dy, x)
+    dx = dw = dbias = None
+    if need_x and need_w:
+        dx, dw = ops.dgrad_wgrad(dy, x, w, *ctx.geometry)
+    elif need_x:
+        dx = ops.dgrad(dy, w, x.shape, *ctx.geometry)
+    elif need_w:
+        dw = ops.wgrad(dy, x, w.shape, *ctx.geometry)
+    if ctx.has_bias and need_bias:
+        dbias = dy.sum((0, 2, 3))
+    return dx, dw, dbias, None, None, None
+
+
+def _dgrad_backward(ctx, ddx):
+    dy, w = ctx.saved_tensors
+    need_dy, need_w = ctx.needs_input_grad[:2]
+    ddx = _as(ddx, dy)
+    ddy = ops.fprop(ddx, w, None, *ctx.geometry) if need_dy else None
+    dw = ops.wgrad(dy, ddx, w.shape, *ctx.geometry) if need_w else None
+    return ddy, dw, None, None, None, None
+
+
+def _wgrad_backward(ctx, ddw):
+    dy, x = ctx.saved_tensors
+    need_dy, need_x = ctx.needs_input_grad[:2]
+    ddy = ops.fprop(x, ddw, None, *ctx.geometry) if need_dy else None
+    dx = ops.dgrad(_as(dy, x), ddw, x.shape, *ctx.geometry) if need_x else None
+    return ddy, dx, None, None, None, None
+
+
+def _dgrad_wgrad_backward(ctx, ddx, ddw):
+    dy, x, w = ctx.saved_tensors
+    need_dy, need_x, need_w = ctx.needs_input_grad[:3]
+    ddx = _as(ddx, x)
+    ddy = dx = dw = None
+    if need_dy:
+        ddy = ops.fprop(ddx, w, None, *ctx.geometry) + ops.fprop(x, ddw, None, *ctx.geometry)
+    if need_x:
+        dx = ops.dgrad(_as(dy, x), ddw, x.shape, *ctx.geometry)
+    if need_w:
+        dw = ops.wgrad(dy, ddx, w.shape, *ctx.geometry)
+    return ddy, dx, dw, None, None, None
+
+
+register_autograd("xsep::fprop", _fprop_backward, setup_context=_keep(2), lib=lib)
+register_autograd("xsep::dgrad", _dgrad_backward, setup_context=_keep(2), lib=lib)
+register_autograd("xsep::wgrad", _wgrad_backward, setup_context=_keep(2), lib=lib)
+register_autograd("xsep::dgrad_wgrad", _dgrad_wgrad_backward, setup_context=_keep(3), lib=lib)
+
+
+def _register_autocast(device_type: str) -> None:
+    # torch.library.register_autocast fixes one dtype; this follows the active one, and like torch leaves float64 alone.
+    key = getattr(torch._C.DispatchKey, "Autocast" + device_type.upper())
+    keyset = torch._C.DispatchKeySet(key)
+
+    def kernel(x, w, bias, stride, pad, dilation):
+        dtype = autocast_dtype(device_type)
+
+        def cast(t):
+            return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+
+        with torch._C._ExcludeDispatchKeyGuard(keyset):
+            return ops.fprop(cast(x), cast(w), cast(bias), stride, pad, dilation)
+
+    lib.impl("fprop", kernel, key.name)
+
+
+_register_autocast("cpu")
+_register_autocast("cuda")
+
+
+def _flops(y_sizes, w_sizes) -> int:
+    N, K, P, Q = y_sizes
+    return 2 * N * K * P * Q * w_sizes[2] * w_sizes[3]
+
+
+@register_flop_formula(ops.fprop)
+def _(x, w, bias, stride, pad, dilation, *args, out_shape=None, **kwargs) -> int:
+    return _flops(out_shape, w)
+
+
+@register_flop_formula(ops.dgrad)
+def _(dy, w, *args, **kwargs) -> int:
+    return _flops(dy, w)
+
+
+@register_flop_formula(ops.wgrad)
+def _(dy, x, w_sizes, *args, **kwargs) -> int:
+    return _flops(dy, w_sizes)
+
+
+@register_flop_formula(ops.dgrad_wgrad)
+def _(dy, x, w, *args, **kwargs) -> int:
+    return 2 * _flops(dy, w)

@@ -1,0 +1,87 @@
+"""One depthwise convolution as a hashable value: what the choice of a backend depends on, and the checks of its shapes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+from .geometry import output_extent
+
+
+class Problem(NamedTuple):
+    """x is (N, C, H, W), w is (C*M, 1, R, S), y is (N, C*M, P, Q); pad is (top, bottom, left, right)."""
+
+    device: str
+    dtype: torch.dtype
+    nhwc: bool
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    stride: tuple[int, ...]
+    pad: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @property
+    def y(self) -> tuple[int, ...]:
+        return output_sizes(self.x, self.w, self.stride, self.pad, self.dilation)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.nhwc else torch.contiguous_format
+
+    def __str__(self) -> str:
+        layout = "NHWC" if self.nhwc else "NCHW"
+        x, w = ("x".join(map(str, sizes)) for sizes in (self.x, self.w))
+        dtype = str(self.dtype).replace("torch.", "")
+        return (
+            f"{dtype} {layout} x {x}, w {w}, stride {self.stride}, pad {self.pad}, dilation {self.dilation} "
+            f"on {self.device}"
+        )
+
+
+def is_nhwc(t: Tensor) -> bool:
+    """Whether the channels are the contiguous axis; slices of channels_last tensors count, NCHW wins where both fit."""
+    return t.stride(1) == 1 and t.stride(3) != 1
+
+
+def memory_format(t: Tensor) -> torch.memory_format:
+    return torch.channels_last if is_nhwc(t) else torch.contiguous_format
+
+
+def output_sizes(x: Sequence[int], w: Sequence[int], stride, pad, dilation) -> tuple[int, ...]:
+    P = output_extent(x[2], w[2], stride[0], pad[0], pad[1], dilation[0])
+    Q = output_extent(x[3], w[3], stride[1], pad[2], pad[3], dilation[1])
+    return x[0], w[0], P, Q
+
+
+def check_sizes(x: Sequence[int], w: Sequence[int], stride, pad, dilation) -> tuple[int, ...]:
+    """The sizes of y.  Raises ``ValueError`` naming the first argument that does not fit; works on symbolic sizes."""
+    if len(x) != 4:
+        raise ValueError(f"input must be 4-D (N, C, H, W); got shape {tuple(x)}")
+    if len(w) != 4 or w[1] != 1:
+        raise ValueError(f"weight must be (C*M, 1, R, S); got shape {tuple(w)}")
+    if x[1] < 1 or w[0] < 1 or w[0] % x[1] != 0:
+        raise ValueError(f"weight's {w[0]} filters must be a positive multiple of input's {x[1]} channels")
+    for name, values, count, minimum in (("stride", stride, 2, 1), ("pad", pad, 4, 0), ("dilation", dilation, 2, 1)):
+        if len(values) != count or any(isinstance(v, int) and v < minimum for v in values):
+            raise ValueError(f"{name} must be {count} ints, each at least {minimum}; got {tuple(values)}")
+    for axis, name in ((0, "height"), (1, "width")):
+        span = dilation[axis] * (w[2 + axis] - 1) + 1
+        padded = x[2 + axis] + pad[2 * axis] + pad[2 * axis + 1]
+        if w[2 + axis] < 1:
+            raise ValueError(f"weight must not be empty; got shape {tuple(w)}")
+        if padded < span:
+            raise ValueError(
+                f"filter {name} {span} (kernel {w[2 + axis]}, dilation {dilation[axis]}) is larger than the padded "
+                f"input {name} {padded}"
+            )
+    return output_sizes(x, w, stride, pad, dilation)
+
+
+def check_same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Raises unless two tensors share dtype and device, as ``F.conv2d`` does."""
+    if a.dtype != b.dtype:
+        raise TypeError(f"{name_a} and {name_b} must have the same dtype; got {a.dtype} and {b.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"{name_a} and {name_b} must be on the same device; got {a.device} and {b.device}")
