@@ -1,6 +1,19 @@
 """Depthwise-separable convolution for PyTorch, as fast as memory and matrix units allow."""
 
+from . import models, nn
+from ._version import __version__
+from .nn import DepthwiseConv2d, SeparableConv2d, convert
 from .ops import backend, depthwise_conv2d, explain, separable_conv2d
 
-__version__ = "0.1.0"
-__all__ = ["backend", "depthwise_conv2d", "explain", "separable_conv2d"]
+__all__ = [
+    "DepthwiseConv2d",
+    "SeparableConv2d",
+    "__version__",
+    "backend",
+    "convert",
+    "depthwise_conv2d",
+    "explain",
+    "models",
+    "nn",
+    "separable_conv2d",
+]

@@ -1,0 +1,164 @@
+// NHWC: a tile is some rows and columns of one image, `block` channels deep; vectors run along the channels.
+//
+// Whole blocks are read from and written to the tensors directly.  A block that the channels do not fill, a channel
+// multiplier and a function on load go through a staged tile in the first-level cache.
+// Bytes: x (or dy) once, plus the halo between tiles from the second-level cache; y (or dx) once.
+#pragma once
+
+#include "call.h"
+
+namespace xsep::cpu {
+
+template <class T>
+class NhwcTile {
+  using A = accumulate_t<T>;
+
+ public:
+  NhwcTile(const Call<T>& call, Scratch<A>& scratch, const Item& item)
+      : call_(call), s_(call.shape), plan_(call.plan), scratch_(scratch), image_(item.image), b_(item.block),
+        blocks_(item.blocks), block_(plan_.block), c0_(b_ * block_), lanes_(std::min(block_, s_.C - c0_)), affine_(call.affine(b_)),
+        direct_(plan_.direct && lanes_ == block_), y_rows_(plan_.rows.y(item.row_tile)),
+        y_cols_(plan_.cols.y(item.col_tile)) {
+    if (plan_.reads_x) {
+      x_rows_ = plan_.rows.staged_x(item.row_tile);
+      x_cols_ = plan_.cols.staged_x(item.col_tile);
+    }
+    if (plan_.reads_dy) {
+      dy_rows_ = plan_.rows.staged_dy(item.row_tile);
+      dy_cols_ = plan_.cols.staged_dy(item.col_tile);
+      dx_rows_ = plan_.rows.x(item.row_tile);
+      dx_cols_ = plan_.cols.x(item.col_tile);
+    }
+  }
+
+  void run() {
+    if (plan_.reads_x && !direct_) stage_x();
+    for (int m = 0; m < s_.M; ++m) {
+      if (plan_.reads_dy && !direct_) stage_dy(m);
+      if (call_.args.pass == Pass::kFprop) fprop(m);
+      if (plan_.makes_dx) dgrad(m);
+      if (plan_.makes_dw) wgrad(m);
+    }
+    if (plan_.makes_dx && !direct_) store_dx();
+  }
+
+ private:
+  void stage(const TensorRef& t, int64_t channel, int64_t channel_step, int H, int W, Span rows, Span cols,
+             const Affine<A>& affine, A* tile) {
+    const Window h(rows, H), w(cols, W);
+    const T* src = at<T>(t, image_, channel, rows.lo + h.lo, cols.lo + w.lo);
+    call_.kernels.stage_nhwc({src, t.h, t.w, t.c * channel_step, rows.size(), cols.size(), h.lo, h.hi, w.lo, w.hi,
+                              lanes_, block_, affine, tile});
+  }
+  void stage_x() { stage(call_.args.x, c0_, 1, s_.H, s_.W, x_rows_, x_cols_, affine_, scratch_.x); }
+  void stage_dy(int m) {
+    stage(call_.args.dy, int64_t{c0_} * s_.M + m, s_.M, s_.P(), s_.Q(), dy_rows_, dy_cols_, {}, scratch_.dy);
+  }
+
+  // An array of pixels, of the tensor or of the tile staged from `rows` x `cols` of it.  The outputs' first row and
+  // column are in the tensor's coordinates.
+  PixelsNhwc pixels(const TensorRef& t, int H, int W, const A* tile, Span rows, Span cols, int first_row,
+                    int first_col) const {
+    if (direct_) return {at<T>(t, image_, c0_, 0, 0), t.h, t.w, H, W, first_row, first_col, 1, 1, 1, 1};
+    return {tile, ptrdiff_t{cols.size()} * block_, block_, rows.size(), cols.size(), first_row - rows.lo,
+            first_col - cols.lo, 1, 1, 1, 1};
+  }
+  PixelsNhwc x_pixels() const {
+    PixelsNhwc x = pixels(call_.args.x, s_.H, s_.W, scratch_.x, x_rows_, x_cols_,
+                          y_rows_.lo * s_.stride_h - s_.pad_top, y_cols_.lo * s_.stride_w - s_.pad_left);
+    x.step_row = s_.stride_h, x.step_col = s_.stride_w;
+    x.tap_row = s_.dilation_h, x.tap_col = s_.dilation_w;
+    return x;
+  }
+
+  void fprop(int m) {
+    const TensorRef y = dense<T>(call_.args.y, true, s_.K(), s_.P(), s_.Q());
+    T* dst = const_cast<T*>(at<T>(y, image_, int64_t{c0_} * s_.M + m, y_rows_.lo, y_cols_.lo));
+    const A* weights = call_.packed_w + (int64_t{b_} * s_.M + m) * s_.R * s_.S * block_;
+    const A* bias = call_.packed_bias + (int64_t{b_} * s_.M + m) * block_;
+    const int rows = y_rows_.size(), cols = y_cols_.size();
+    if (direct_) {
+      call_.kernels.conv_nhwc({x_pixels(), s_.R, s_.S, weights, int64_t{plan_.taps} * block_, bias, dst, y.h, y.w, rows,
+                               cols, block_, blocks_});
+      return;
+    }
+    call_.kernels.conv_staged_nhwc({x_pixels(), s_.R, s_.S, weights, 0, bias, scratch_.out, ptrdiff_t{cols} * block_,
+                                    block_, rows, cols, block_, 1});
+    call_.kernels.store_nhwc({scratch_.out, dst, y.h, y.w, s_.M, rows, cols, lanes_, block_, {}});
+  }
+
+  // Positions of one residue modulo the stride are an ordinary convolution with the taps of that residue.
+  void dgrad(int m) {
+    for (int i = 0; i < std::min(s_.stride_h, dx_rows_.size()); ++i) {
+      for (int j = 0; j < std::min(s_.stride_w, dx_cols_.size()); ++j) dgrad_class(m, i, j);
+    }
+  }
+
+  void dgrad_class(int m, int i, int j) {
+    const int h = dx_rows_.lo + i + s_.pad_top, w = dx_cols_.lo + j + s_.pad_left;
+    const int a = h % s_.stride_h, b = w % s_.stride_w;
+    const TapClass &rows = plan_.row_classes[a], &cols = plan_.col_classes[b];
+    PixelsNhwc dy = pixels(call_.args.dy, s_.P(), s_.Q(), scratch_.dy, dy_rows_, dy_cols_, h / s_.stride_h + rows.first,
+                           w / s_.stride_w + cols.first);
+    dy.tap_row = rows.step, dy.tap_col = cols.step;
+    const int tap_rows = static_cast<int>(rows.taps.size()), tap_cols = static_cast<int>(cols.taps.size());
+    const int64_t start = plan_.class_start[a * s_.stride_w + b] + int64_t{m} * tap_rows * tap_cols;
+    const A* weights = call_.packed_w + (int64_t{b_} * plan_.taps + start) * block_;
+    const A* init = m == 0 ? call_.packed_bias : nullptr;  // zeros, or what the filters before m have summed
+    const int out_rows = (dx_rows_.size() - i + s_.stride_h - 1) / s_.stride_h;
+    const int out_cols = (dx_cols_.size() - j + s_.stride_w - 1) / s_.stride_w;
+    if (direct_) {
+      const TensorRef dx = dense<T>(call_.args.dx, true, s_.C, s_.H, s_.W);
+      T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo + i, dx_cols_.lo + j));
+      call_.kernels.conv_nhwc({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init, dst,
+                               s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, block_, blocks_});
+      return;
+    }
+    const ptrdiff_t row = ptrdiff_t{dx_cols_.size()} * block_;
+    call_.kernels.conv_staged_nhwc({dy, tap_cols ? tap_rows : 0, tap_cols, weights, 0, init,
+                                    scratch_.out + i * row + j * block_, s_.stride_h * row,
+                                    ptrdiff_t{s_.stride_w} * block_, out_rows, out_cols, block_, 1});
+  }
+
+  void store_dx() {
+    if (dx_rows_.size() == 0 || dx_cols_.size() == 0) return;
+    const TensorRef dx = dense<T>(call_.args.dx, true, s_.C, s_.H, s_.W);
+    T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo, dx_cols_.lo));
+    AffineGrad<A> grad{affine_, nullptr, 0, 0, nullptr, nullptr};
+    if (affine_.any) {
+      const TensorRef& x = call_.args.x;
+      A* sums = scratch_.sums + b_ * plan_.sums_per_block + int64_t{plan_.taps} * block_;
+      grad = {affine_, at<T>(x, image_, c0_, dx_rows_.lo, dx_cols_.lo), x.h, x.w, sums, sums + block_};
+    }
+    call_.kernels.store_nhwc(
+        {scratch_.out, dst, dx.h, dx.w, 1, dx_rows_.size(), dx_cols_.size(), lanes_, block_, grad});
+  }
+
+  void wgrad(int m) {
+    if (y_rows_.size() == 0 || y_cols_.size() == 0) return;
+    A* dw = scratch_.sums + b_ * plan_.sums_per_block + int64_t{m} * s_.R * s_.S * block_;
+    if (direct_) {
+      const TensorRef& dy = call_.args.dy;
+      call_.kernels.wgrad_nhwc({x_pixels(), s_.R, s_.S, at<T>(dy, image_, c0_, y_rows_.lo, y_cols_.lo), dy.h, dy.w,
+                                y_rows_.size(), y_cols_.size(), block_, blocks_, dw, plan_.sums_per_block});
+      return;
+    }
+    const ptrdiff_t row = ptrdiff_t{dy_cols_.size()} * block_;
+    const A* dy = scratch_.dy + (y_rows_.lo - dy_rows_.lo) * row + ptrdiff_t{y_cols_.lo - dy_cols_.lo} * block_;
+    call_.kernels.wgrad_staged_nhwc(
+        {x_pixels(), s_.R, s_.S, dy, row, block_, y_rows_.size(), y_cols_.size(), block_, 1, dw, 0});
+  }
+
+  const Call<T>& call_;
+  const ConvShape& s_;
+  const Plan& plan_;
+  Scratch<A>& scratch_;
+  const int64_t image_;
+  const int b_, blocks_, block_, c0_, lanes_;
+  const Affine<A> affine_;
+  const bool direct_;
+  const Span y_rows_, y_cols_;
+  Span x_rows_{}, x_cols_{}, dy_rows_{}, dy_cols_{}, dx_rows_{}, dx_cols_{};
+};
+
+}  // namespace xsep::cpu

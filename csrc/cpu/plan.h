@@ -1,0 +1,123 @@
+// How a pass is cut into tiles: spans of rows and columns, what a span of outputs reads, and the layout of the workspace.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../depthwise.h"
+#include "kernels.h"
+
+namespace xsep::cpu {
+
+struct Span {
+  int lo, hi;  // [lo, hi)
+  int size() const { return hi - lo; }
+};
+
+inline int floor_div(int a, int b) { return a / b - (a % b < 0); }
+
+// Filter taps along one axis that meet one residue class of outputs: tap `taps[i]` reads offset first + i * step.
+struct TapClass {
+  std::vector<int> taps;
+  int first = 0, step = 1;
+};
+
+// One spatial axis of the convolution.  `in` is x's extent, `out` is y's.
+struct Axis {
+  int in, out, kernel, stride, pad, dilation;
+
+  // Rows of x that a span of y reads, padding included.
+  Span reads_x(Span y) const {
+    return {y.lo * stride - pad, (y.hi - 1) * stride - pad + (kernel - 1) * dilation + 1};
+  }
+  // Rows of y that a span of x receives gradient from; may reach outside of y, where there is none.
+  Span reads_dy(Span x) const {
+    const Span y{-floor_div(-(x.lo + pad - (kernel - 1) * dilation), stride), floor_div(x.hi - 1 + pad, stride) + 1};
+    return {y.lo, std::max(y.hi, y.lo + 1)};
+  }
+  // The taps of dgrad for positions x with (x + pad) % stride == residue, relative to y = (x + pad) / stride.
+  TapClass dgrad_taps(int residue) const {
+    TapClass result;
+    std::vector<int> offsets;
+    for (int k = kernel - 1; k >= 0; --k) {
+      if (k * dilation % stride != residue) continue;
+      result.taps.push_back(k);
+      offsets.push_back(-(k * dilation / stride));
+    }
+    if (!offsets.empty()) result.first = offsets[0];
+    if (offsets.size() > 1) result.step = offsets[1] - offsets[0];  // the same between all of them
+    return result;
+  }
+};
+
+// The cut of one axis into tiles.
+struct Cut {
+  Axis axis;
+  int tiles;
+  Pass pass;
+
+  // Tile i of y (fprop, wgrad and the fused backward).
+  Span y(int i) const { return even(axis.out, i); }
+  // Tile i of dx.  In the fused backward, the part of x round the middle of y's tile, so that both read the same rows.
+  Span x(int i) const {
+    if (pass == Pass::kDgrad) return even(axis.in, i);
+    return {fused_bound(i), fused_bound(i + 1)};
+  }
+  // What tile i of the pass stages.
+  Span staged_x(int i) const { return axis.reads_x(y(i)); }
+  Span staged_dy(int i) const {
+    if (pass == Pass::kWgrad) return y(i);
+    const Span dgrad = x(i).size() > 0 ? axis.reads_dy(x(i)) : y(i);
+    if (pass == Pass::kDgrad) return dgrad;
+    return {std::min(dgrad.lo, y(i).lo), std::max(dgrad.hi, y(i).hi)};
+  }
+
+ private:
+  Span even(int extent, int i) const {
+    return {static_cast<int>(int64_t{extent} * i / tiles), static_cast<int>(int64_t{extent} * (i + 1) / tiles)};
+  }
+  int fused_bound(int i) const {
+    if (i == 0 || i == tiles) return i == 0 ? 0 : axis.in;
+    const int64_t middle = int64_t{y(i).lo} * axis.stride - axis.pad + (axis.kernel - 1) * axis.dilation / 2;
+    return static_cast<int>(std::clamp<int64_t>(middle, 0, axis.in));
+  }
+};
+
+// Everything a call needs to know before it touches memory.
+struct Plan {
+  explicit Plan(const DepthwiseArgs& args);
+
+  Cut rows, cols;
+  int block;       // channels a tile holds: a cache line or two of the accumulation type in NHWC, 1 in NCHW
+  int blocks;      // that cover C
+  int taps;        // M * R * S
+  int threads;     // at most; fewer than asked for when there is little to do
+  bool direct;     // NHWC: whole blocks are read from and written to the tensors, not staged
+  int groups;      // of blocks that an item takes at once
+  int64_t items;   // NHWC: (image, tile row, tile column, group), NCHW: (image, channel, tile row, tile column)
+
+  // Packed filter of a block: position -> index into the M * R * S taps of a channel.  dgrad groups them by class.
+  std::vector<int> order;
+  std::vector<TapClass> row_classes, col_classes;  // dgrad, by residue
+  std::vector<int> class_start;                    // position of [row residue][column residue] in `order`
+
+  // Elements of the accumulation type, each region rounded up to a cache line.
+  int64_t x_tile, dy_tile, wgrad_dy_tile, out_tile;  // a thread's tiles; dy_tile is one of M
+  int64_t scratch;                                   // their sum, per thread
+  int64_t packed_w, packed_bias, packed_affine;      // shared
+  int64_t sums;                                      // per thread: partial dw, then dscale and dshift, per block
+  int64_t sums_per_block;
+  int64_t workspace_elements() const { return packed_w + packed_bias + packed_affine + threads * (scratch + sums); }
+
+  bool reads_x, reads_dy, makes_dx, makes_dw;
+
+  // Group g covers blocks [first_block(g), first_block(g + 1)).  A last block that the channels do not fill is alone.
+  int first_block(int g) const {
+    if (g >= whole_groups) return std::min(blocks, whole_blocks + (g - whole_groups));
+    return static_cast<int>(int64_t{whole_blocks} * g / whole_groups);
+  }
+  int whole_blocks, whole_groups;
+};
+
+}  // namespace xsep::cpu

@@ -1,0 +1,6 @@
+"""Layers over ``xsep.ops``, and ``convert``, which puts them into an existing model."""
+
+from .convert import convert
+from .layers import DepthwiseConv2d, SeparableConv2d
+
+__all__ = ["DepthwiseConv2d", "SeparableConv2d", "convert"]
