@@ -1,0 +1,238 @@
+"""Depthwise convolutions layer by layer: xsep beside torch in one process, on every depthwise layer of four networks.
+
+    python benchmarks/layers.py                               # all of it; about half an hour on 2 cores
+    python benchmarks/layers.py --networks xception --batch-sizes 4 --layouts nhwc --passes fprop
+
+A row is one pass (fprop, dgrad, wgrad, or dgrad_wgrad: both gradients) of one layer at one batch size, as users call
+it: outputs are allocated by every call.  torch's side is F.conv2d and the aten operator behind its backward, in the
+same layout.  GB/s counts each input read once and each output written once; "of copy" divides it by the bandwidth of
+tensor.copy_ measured just before, also read plus write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import common
+import torch
+from tqdm import tqdm
+
+import xsep
+from xsep.shapes import NETWORKS, Shape
+from xsep.testing import assert_no_worse_than_torch
+
+PASSES = ("fprop", "dgrad", "wgrad", "dgrad_wgrad")
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+TARGETS = {"nchw": 4.0, "nhwc": 1.3}  # geometric mean of the ratios
+COPY_TARGET = 0.85  # of the copy bandwidth, on rows beyond the last-level cache
+
+ops = torch.ops.xsep
+
+
+def tensors(shape: Shape, dtype: torch.dtype, layout: str):
+    """x, w, dy with their memory written, in one layout."""
+    generator = torch.Generator().manual_seed(0)
+    P, Q = (
+        (extent + 2 * pad - kernel) // stride + 1
+        for extent, pad, kernel, stride in zip((shape.H, shape.W), shape.pad[::2], (shape.R, shape.S), shape.stride)
+    )
+    x, dy = (
+        torch.randn(sizes, generator=generator).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        for sizes in (shape.x_sizes, (shape.N, shape.C * shape.M, P, Q))
+    )
+    return x, torch.randn(shape.w_sizes, generator=generator).to(dtype), dy
+
+
+def calls(shape: Shape, name: str, x, w, dy):
+    """{variant: function} of one pass."""
+    geometry = shape.geometry
+    padding = (shape.pad[0], shape.pad[2])
+
+    def backward(*mask):
+        return torch.ops.aten.convolution_backward(
+            dy, x, w, None, shape.stride, padding, shape.dilation, False, (0, 0), shape.C, (*mask, False)
+        )
+
+    return {
+        "fprop": {
+            "xsep": lambda: ops.fprop(x, w, None, *geometry),
+            "torch": lambda: torch.nn.functional.conv2d(x, w, None, shape.stride, padding, shape.dilation, shape.C),
+        },
+        "dgrad": {
+            "xsep": lambda: ops.dgrad(dy, w, shape.x_sizes, *geometry),
+            "torch": lambda: backward(True, False)[0],
+        },
+        "wgrad": {
+            "xsep": lambda: ops.wgrad(dy, x, shape.w_sizes, *geometry),
+            "torch": lambda: backward(False, True)[1],
+        },
+        "dgrad_wgrad": {
+            "xsep": lambda: ops.dgrad_wgrad(dy, x, w, *geometry),
+            "torch": lambda: backward(True, True)[:2],
+        },
+    }[name]
+
+
+def moved_bytes(name: str, x, w, dy) -> int:
+    x_bytes, w_bytes, dy_bytes = (t.numel() * t.element_size() for t in (x, w, dy))
+    return {
+        "fprop": x_bytes + w_bytes + dy_bytes,
+        "dgrad": dy_bytes + w_bytes + x_bytes,
+        "wgrad": dy_bytes + x_bytes + w_bytes,
+        "dgrad_wgrad": dy_bytes + 2 * x_bytes + 2 * w_bytes,
+    }[name]
+
+
+def check(shape: Shape, name: str, dtype: torch.dtype, layout: str) -> None:
+    """Holds one image's result against float64, by the tolerance rule.  Raises ``AssertionError``."""
+    x, w, dy = tensors(shape._replace(N=1), dtype, layout)
+    found = calls(shape._replace(N=1), name, x, w, dy)
+    truth = calls(shape._replace(N=1), name, x.double(), w.double(), dy.double())["torch"]()
+    with torch.no_grad():
+        results = [found["xsep"](), found["torch"](), truth]
+    for ours, theirs, exact in zip(*((r if isinstance(r, tuple) else (r,)) for r in results)):
+        assert_no_worse_than_torch(ours, theirs, exact, f"{name} of {shape} in {layout}")
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+
+def summary(rows: list[dict]) -> list[str]:
+    """Each target beside what was measured."""
+    lines = []
+    for layout in LAYOUTS:
+        mine = [row for row in rows if row["layout"] == layout]
+        if not mine:
+            continue
+        slower = [row for row in mine if row["ratio"] < 1]
+        lines.append(
+            f"{layout.upper()}: geometric mean {geometric_mean([row['ratio'] for row in mine]):.2f}x torch "
+            f"(target {TARGETS[layout]}x); {len(slower)} of {len(mine)} rows slower than torch (target 0)"
+        )
+        lines += [f"  slower: {describe(row)}  {row['ratio']:.2f}x" for row in slower]
+        beyond = [row for row in mine if row["beyond_cache"]]
+        short = [row for row in beyond if row["of_copy"] < COPY_TARGET]
+        lines.append(
+            f"{layout.upper()}: {len(beyond)} rows exceed the last-level cache; {len(short)} of them below "
+            f"{COPY_TARGET:.0%} of the copy bandwidth (target 0)"
+        )
+        lines += [f"  below: {describe(row)}  {row['of_copy']:.0%}" for row in short]
+    return lines
+
+
+def describe(row: dict) -> str:
+    stride = f"/{row['stride']}" if row["stride"] > 1 else ""
+    return (
+        f"{row['network']:15s} {row['layout']} N{row['N']:<3d} C{row['C']:<5d} {row['H']:3d}x{row['W']:<3d} "
+        f"{row['kernel']}x{row['kernel']}{stride:2s} {row['pass']:11s}"
+    )
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Ratio to torch over the bytes moved, a panel per layout, a colour per pass."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    layouts = [layout for layout in LAYOUTS if any(row["layout"] == layout for row in rows)]
+    figure, panels = plt.subplots(1, len(layouts), figsize=(6 * len(layouts), 4.5), sharey=True, squeeze=False)
+    for axes, layout in zip(panels[0], layouts):
+        for name in PASSES:
+            mine = [row for row in rows if row["layout"] == layout and row["pass"] == name]
+            axes.scatter([row["bytes"] / 1e6 for row in mine], [row["ratio"] for row in mine], s=14, label=name)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", yscale="log", xlabel="bytes moved (MB)", title=layout.upper())
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("speed relative to torch")
+    panels[0][-1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME",
+                        help="of " + ", ".join(NETWORKS))  # fmt: skip
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), help="default: all")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16], metavar="N")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
+    parser.add_argument("--dtype", choices=common.DTYPES, default="float32")
+    parser.add_argument("--samples", type=int, default=11, help="per variant and row (default 11)")
+    parser.add_argument("--max-seconds", type=float, default=1.5, help="spent on a row after its third sample")
+    parser.add_argument("--results-file", type=Path, help="written when done")
+    parser.add_argument("--results-format", choices=("json", "csv"), default="json")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="ratio to torch over bytes, as an image")
+    args = parser.parse_args()
+    if min(args.batch_sizes) < 1:
+        parser.error(f"--batch-sizes must be at least 1; got {args.batch_sizes}")
+    if args.samples < 1:
+        parser.error(f"--samples must be at least 1; got {args.samples}")
+    return args
+
+
+def main() -> None:
+    args = parse()
+    dtype = common.DTYPES[args.dtype]
+    copy = common.copy_bandwidth()
+    found = common.header(
+        dtype=args.dtype,
+        **{"copy bandwidth": f"{copy / 1e9:.1f} GB/s", "last-level cache": f"{common.last_level_cache() >> 20} MB"},
+    )
+    common.print_header(found)
+    work = [
+        (network, shape._replace(N=batch), layout, name)
+        for network in args.networks
+        for shape in NETWORKS[network]
+        for layout in args.layouts
+        for name in args.passes
+        for batch in args.batch_sizes
+    ]
+    print(f"{'':62s} {'ms':>9s} {'torch ms':>9s} {'spread':>6s} {'GB/s':>6s} {'of copy':>7s} {'ratio':>6s}")
+    rows = []
+    with torch.no_grad(), xsep.backend("cpu"), tqdm(work, unit="row", disable=None) as progress:
+        for network, shape, layout, name in progress:
+            if shape.N == args.batch_sizes[0]:
+                check(shape, name, dtype, layout)
+            x, w, dy = tensors(shape, dtype, layout)
+            measured = common.interleaved(calls(shape, name, x, w, dy), args.samples, 2e-3, args.max_seconds)
+            ours, theirs = measured["xsep"], measured["torch"]
+            moved = moved_bytes(name, x, w, dy)
+            row = {
+                "network": network,
+                "layout": layout,
+                "pass": name,
+                "N": shape.N,
+                "C": shape.C,
+                "H": shape.H,
+                "W": shape.W,
+                "kernel": shape.R,
+                "stride": shape.stride[0],
+                "ms": ours.median * 1e3,
+                "torch_ms": theirs.median * 1e3,
+                "spread": ours.spread,
+                "torch_spread": theirs.spread,
+                "bytes": moved,
+                "gb_per_s": moved / ours.median / 1e9,
+                "of_copy": moved / ours.median / copy,
+                "beyond_cache": moved > common.last_level_cache(),
+                "ratio": theirs.median / ours.median,
+            }
+            rows.append(row)
+            progress.write(
+                f"{describe(row)} {row['ms']:9.3f} {row['torch_ms']:9.3f} {row['spread']:6.0%} "
+                f"{row['gb_per_s']:6.1f} {row['of_copy']:7.0%} {row['ratio']:6.2f}"
+            )
+    print()
+    print("\n".join(summary(rows)))
+    if args.results_file:
+        common.write_results(args.results_file, args.results_format, found, rows)
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
