@@ -42,6 +42,7 @@ struct Item {
   int64_t image;
   int row_tile, col_tile;
   int block, blocks;  // first, count
+  bool staged;        // the row tile counts in plan.staged_rows
 };
 
 // The part of a tile that the tensor covers.

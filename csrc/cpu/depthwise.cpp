@@ -81,6 +81,27 @@ const Kernels<accumulate_t<T>>& kernels_for(const Isa& isa) {
   else return isa.bfloat16;
 }
 
+// Rows are innermost, so that a tile finds its halo in the cache; then groups of channels, columns, images.
+template <class T, class Tile>
+void run_item(const Call<T>& call, Scratch<accumulate_t<T>>& scratch, int64_t i) {
+  const Plan& plan = call.plan;
+  const int row_tile = static_cast<int>(i % plan.rows.tiles), group = static_cast<int>(i / plan.rows.tiles % plan.groups);
+  const int64_t place = i / plan.rows.tiles / plan.groups;
+  const int col_tile = static_cast<int>(place % plan.cols.tiles);
+  const int64_t image = place / plan.cols.tiles;
+  int block = plan.first_block(group);
+  const int end = plan.first_block(group + 1), whole_end = std::min(end, plan.whole_blocks);
+  if (block < whole_end) {
+    Tile(call, scratch, {image, row_tile, col_tile, block, whole_end - block, false}).run();
+    block = whole_end;
+  }
+  for (; block < end; ++block) {
+    for (int band = 0; band < plan.bands; ++band) {
+      Tile(call, scratch, {image, row_tile * plan.bands + band, col_tile, block, 1, true}).run();
+    }
+  }
+}
+
 template <class T, class Tile>
 void run(const DepthwiseArgs& args, const Plan& plan) {
   using A = accumulate_t<T>;
@@ -110,17 +131,7 @@ void run(const DepthwiseArgs& args, const Plan& plan) {
     std::memset(scratch.sums, 0, plan.sums * sizeof(A));
     barrier();
 
-    const int64_t first = share(plan.items, thread), last = share(plan.items, thread + 1);
-    const int64_t places = int64_t{plan.rows.tiles} * plan.cols.tiles, per_image = places * plan.groups;
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t in_image = i % per_image;
-      const int group = static_cast<int>(args.nhwc ? in_image % plan.groups : in_image / places);
-      const int place = static_cast<int>(args.nhwc ? in_image / plan.groups : in_image % places);
-      Item item{i / per_image, place / plan.cols.tiles, place % plan.cols.tiles, 0, 0};
-      item.block = plan.first_block(group);
-      item.blocks = plan.first_block(group + 1) - item.block;
-      Tile(call, scratch, item).run();
-    }
+    for (int64_t i = share(plan.items, thread); i < share(plan.items, thread + 1); ++i) run_item<T, Tile>(call, scratch, i);
     if (plan.makes_dw) {
       barrier();
       const A* sums = per_thread + plan.scratch;

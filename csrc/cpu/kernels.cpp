@@ -183,227 +183,356 @@ struct RowOfPixels {
   }
 };
 
-// kOut outputs of one vector of channels.  With kCols > 0 the taps of a row are neighbours, and a pixel serves every
-// output it belongs to from one load; kStep is the distance of outputs in pixels.  kCols == 0 takes any taps.
-template <class T, int kCols, int kStep, bool kBorder, int kOut>
-inline void conv_outputs(const ConvNhwc<acc_t<T>>& c, const T* in, int r_lo, int r_hi, int first_col,
-                         const acc_t<T>* w, const acc_t<T>* init, T* out) {
+constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
+
+// Past the caches, for outputs that would not stay in them: a line that is written whole need not be read first.
+// `p` is aligned to the vector.
+template <int L, class T>
+inline void stream(T* p, vec<acc_t<T>, L> value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) * L == 64) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)value);
+#endif
+  store<L>(p, value);
+}
+
+// The outputs that one vector of channels computes at a time: as many rows of four as leave registers for the pixels of
+// one input row and a weight.  Every pixel is then loaded once for all the outputs that it belongs to.
+template <int kTaps, int kStep>
+struct ConvTile {
+  static constexpr int kCols = 4, kPixels = (kCols - 1) * kStep + kTaps, kFree = kRegisters - kPixels - 1;
+  static constexpr int kRows = kFree >= 4 * kCols ? 4 : kFree >= 2 * kCols ? 2 : 1;
+};
+
+// Filter rows of kTaps neighbours; outputs lie kStep pixels apart in both directions.  Makes `rows` x kCols outputs, with
+// at most as many rows as a tile has.  `in` is the pixel that tap (0, 0) of output (0, 0) meets: its position is (row, col).
+// kSquare: a whole tile and a square filter, so that which taps a row of pixels meets is known in advance.
+template <class T, int kTaps, int kStep, int kCols, bool kSquare>
+inline void conv_tile(const ConvNhwc<acc_t<T>>& c, const T* in, int row, int col, int rows, const acc_t<T>* w,
+                      const acc_t<T>* init, T* out) {
+  typedef acc_t<T> A;
+  constexpr int L = kLanes<A>, kPixels = (kCols - 1) * kStep + kTaps, kRows = ConvTile<kTaps, kStep>::kRows;
+  vec<A, L> acc[kRows][kCols];
+#pragma GCC unroll 8
+  for (int t = 0; t < kRows; ++t) {
+#pragma GCC unroll 8
+    for (int q = 0; q < kCols; ++q) {
+      if (init) acc[t][q] = load<L>(init);
+      else if (t < rows) acc[t][q] = load<L>(out + t * c.out_row + q * c.out_pixel);
+    }
+  }
+  const auto add_row = [&](int h, int rows, int tap_rows) __attribute__((always_inline)) {
+    const RowOfPixels<T, true> x{in + h * c.in.row, c.in.pixel, col, c.in.cols};
+    vec<A, L> pixel[kPixels];
+#pragma GCC unroll 32
+    for (int k = 0; k < kPixels; ++k) {
+      pixel[k] = load<L>(x[k]);
+      keep_in_register(pixel[k]);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < kRows; ++t) {
+      const int r = h - t * kStep;
+      if (!inside(r, tap_rows) || t >= rows) continue;
+#pragma GCC unroll 8
+      for (int s = 0; s < kTaps; ++s) {
+        vec<A, L> weight = load<L>(w + (r * kTaps + s) * c.block);
+        keep_in_register(weight);
+#pragma GCC unroll 8
+        for (int q = 0; q < kCols; ++q) acc[t][q] += pixel[q * kStep + s] * weight;
+      }
+    }
+  };
+  if constexpr (kSquare) {
+#pragma GCC unroll 16
+    for (int h = 0; h < (kRows - 1) * kStep + kTaps; ++h) {
+      if (inside(row + h, c.in.rows)) add_row(h, kRows, kTaps);
+    }
+  } else {
+    const int h_lo = row < 0 ? -row : 0, all = (rows - 1) * kStep + c.tap_rows;
+    const int h_hi = all < c.in.rows - row ? all : c.in.rows - row;
+    for (int h = h_lo; h < h_hi; ++h) add_row(h, rows, c.tap_rows);
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kRows; ++t) {
+    if (t >= rows) break;
+#pragma GCC unroll 8
+    for (int q = 0; q < kCols; ++q) {
+      T* dst = out + t * c.out_row + q * c.out_pixel;
+      if (c.stream) stream<L>(dst, acc[t][q]);
+      else store<L>(dst, acc[t][q]);
+    }
+  }
+}
+
+// Asks for `rows` x `cols` pixels that the rows below will need, as far as they exist, to come into the second-level
+// cache: channels lie apart by the pixel, which hardware prefetchers do not follow well.
+template <class T>
+inline void prefetch(const PixelsNhwc& x, int row, int rows, int col, int cols, int at) {
+  const int row_end = row + rows < x.rows ? row + rows : x.rows, col_end = col + cols < x.cols ? col + cols : x.cols;
+  for (int h = row; h < row_end; ++h) {
+    for (int k = col < 0 ? 0 : col; k < col_end; ++k) {
+      __builtin_prefetch(static_cast<const T*>(x.data) + h * x.row + k * x.pixel + at, 0, 2);
+    }
+  }
+}
+
+// f(constant<count>, j) over [0, n), four columns at a time if possible; with `overlap` some may come twice.
+template <class F>
+inline void for_columns(int n, bool overlap, F&& f) {
+  int j = 0;
+  for (; j + 4 <= n; j += 4) f(constant<4>{}, j);
+  if (overlap && n - j == 3 && n > 4) return f(constant<4>{}, n - 4);
+  if (n - j >= 2) f(constant<2>{}, j), j += 2;
+  if (j < n) f(constant<1>{}, j);
+}
+
+template <class T, int kTaps, int kStep>
+void conv_dense(const ConvNhwc<acc_t<T>>& args) {
+  typedef acc_t<T> A;
+  constexpr int kRows = ConvTile<kTaps, kStep>::kRows, kLine = 64 / sizeof(T);
+  const ConvNhwc<A> c = args;  // a copy, which no store through a pointer can be thought to change
+  for (int i = 0; i < c.rows; i += kRows) {
+    const int rows = kRows < c.rows - i ? kRows : c.rows - i, row = c.in.first_row + i * kStep;
+    const int below = row + (rows - 1) * kStep + c.tap_rows;
+    for_columns(c.cols, c.init != nullptr, [&](auto cols, int j) {  // adding to out twice would count twice
+      const int col = c.in.first_col + j * kStep;
+      const T* in = static_cast<const T*>(c.in.data) + row * c.in.row + col * c.in.pixel;
+      T* out = static_cast<T*>(c.out) + i * c.out_row + j * c.out_pixel;
+      // Channels innermost: memory is walked in order.
+      for (int b = 0; b < c.blocks; ++b) {
+        for (int v = 0; v < c.block; v += kLanes<A>) {
+          const int at = b * c.block + v;
+          if (v % kLine == 0) prefetch<T>(c.in, below, kRows * kStep, col, cols.value * kStep, at);
+          const A *weights = c.weights + b * c.weights_step + v, *init = c.init ? c.init + at : nullptr;
+          // Larger filters do enough with a pixel as it is.
+          if (kTaps == 3 && rows == kRows && c.tap_rows == 3) {
+            conv_tile<T, kTaps, kStep, cols.value, kTaps == 3>(c, in + at, row, col, kRows, weights, init, out + at);
+          } else {
+            conv_tile<T, kTaps, kStep, cols.value, false>(c, in + at, row, col, rows, weights, init, out + at);
+          }
+        }
+      }
+    });
+  }
+}
+
+// Any taps: four outputs of a row share a weight, and load their own pixels.
+template <class T, int kCols>
+inline void conv_any_tile(const ConvNhwc<acc_t<T>>& c, int row, int col, int at, const acc_t<T>* w,
+                          const acc_t<T>* init, T* out) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
-  vec<A, L> acc[kOut];
+  vec<A, L> acc[kCols];
 #pragma GCC unroll 8
-  for (int t = 0; t < kOut; ++t) acc[t] = init ? load<L>(init) : load<L>(out + t * c.out_pixel);
-  for (int r = r_lo; r < r_hi; ++r) {
-    const RowOfPixels<T, kBorder> x{in + r * c.in.tap_row * c.in.row, c.in.pixel, first_col, c.in.cols};
-    if constexpr (kCols == 0) {
-      for (int s = 0; s < c.tap_cols; ++s) {
-        const vec<A, L> weight = load<L>(w + (r * c.tap_cols + s) * c.block);
+  for (int q = 0; q < kCols; ++q) acc[q] = init ? load<L>(init) : load<L>(out + q * c.out_pixel);
+  const PixelsNhwc& x = c.in;
+  for (int r = 0; r < c.tap_rows; ++r) {
+    const int h = row + r * x.tap_row;
+    if (!inside(h, x.rows)) continue;
+    for (int s = 0; s < c.tap_cols; ++s) {
+      const vec<A, L> weight = load<L>(w + (r * c.tap_cols + s) * c.block);
 #pragma GCC unroll 8
-        for (int t = 0; t < kOut; ++t) acc[t] += load<L>(x[t * c.in.step_col + s * c.in.tap_col]) * weight;
-      }
-    } else {
-      vec<A, L> weight[kCols];
-#pragma GCC unroll 8
-      for (int s = 0; s < kCols; ++s) weight[s] = load<L>(w + (r * kCols + s) * c.block);
-#pragma GCC unroll 32
-      for (int j = 0; j < (kOut - 1) * kStep + kCols; ++j) {
-        vec<A, L> pixel = load<L>(x[j]);
-        keep_in_register(pixel);
-#pragma GCC unroll 8
-        for (int t = 0; t < kOut; ++t) {
-          const int s = j - t * kStep;
-          if (s >= 0 && s < kCols) acc[t] += pixel * weight[s];
-        }
+      for (int q = 0; q < kCols; ++q) {
+        const int k = col + q * x.step_col + s * x.tap_col;
+        if (inside(k, x.cols)) acc[q] += load<L>(static_cast<const T*>(x.data) + h * x.row + k * x.pixel + at) * weight;
       }
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < kOut; ++t) store<L>(out + t * c.out_pixel, acc[t]);
+  for (int q = 0; q < kCols; ++q) store<L>(out + q * c.out_pixel, acc[q]);
 }
 
-// f(constant<outputs>, j) over [0, n) in few calls, 8 outputs if possible.  `overlap`: some may come twice.
-template <class F>
-inline void for_outputs(int n, bool overlap, F&& f) {
-  int j = 0;
-  for (; j + 8 <= n; j += 8) f(constant<8>{}, j);
-  if (overlap && n - j > 4 && n >= 8) return f(constant<8>{}, n - 8);
-  if (n - j >= 4) f(constant<4>{}, j), j += 4;
-  if (overlap && n - j == 3 && n >= 4) return f(constant<4>{}, n - 4);
-  if (n - j >= 2) f(constant<2>{}, j), j += 2;
-  if (n - j >= 1) f(constant<1>{}, j);
-}
-
-template <class T, int kCols, int kStep>
-void conv_rows(const ConvNhwc<acc_t<T>>& args) {
-  typedef acc_t<T> A;
-  const ConvNhwc<A> c = args;  // a copy, which no store through a pointer can be thought to change
-  const PixelsNhwc& x = c.in;
+template <class T>
+void conv_any(const ConvNhwc<acc_t<T>>& args) {
+  const ConvNhwc<acc_t<T>> c = args;
   for (int i = 0; i < c.rows; ++i) {
-    const int row = x.first_row + i * x.step_row;
-    // The tap rows that exist: 0 <= row + r * tap_row < rows.
-    const int r_lo = row < 0 ? (-row + x.tap_row - 1) / x.tap_row : 0;
-    const int r_end = row < x.rows ? (x.rows - 1 - row) / x.tap_row + 1 : 0;
-    const int r_hi = r_end < c.tap_rows ? r_end : c.tap_rows;
-    const T* in = static_cast<const T*>(x.data) + row * x.row;
-    T* out = static_cast<T*>(c.out) + i * c.out_row;
-    const auto outputs = [&](auto count, int j) {
-      constexpr int n = count.value;
-      const int first = x.first_col + j * x.step_col;
-      const bool interior = first >= 0 && first + (n - 1) * x.step_col + (c.tap_cols - 1) * x.tap_col < x.cols;
-      // Channels innermost: memory is walked in order, which is what hardware prefetchers follow.
+    for_columns(c.cols, c.init != nullptr, [&](auto cols, int j) {
+      const int row = c.in.first_row + i * c.in.step_row, col = c.in.first_col + j * c.in.step_col;
+      T* out = static_cast<T*>(c.out) + i * c.out_row + j * c.out_pixel;
       for (int b = 0; b < c.blocks; ++b) {
-        for (int v = 0; v < c.block; v += kLanes<A>) {
+        for (int v = 0; v < c.block; v += kLanes<acc_t<T>>) {
           const int at = b * c.block + v;
-          const T* pixels = in + first * x.pixel + at;
-          const A* weights = c.weights + b * c.weights_step + v;
-          const A* init = c.init ? c.init + at : nullptr;
-          T* dst = out + j * c.out_pixel + at;
-          if (interior) conv_outputs<T, kCols, kStep, false, n>(c, pixels, r_lo, r_hi, first, weights, init, dst);
-          else conv_outputs<T, kCols, kStep, true, n>(c, pixels, r_lo, r_hi, first, weights, init, dst);
+          conv_any_tile<T, cols.value>(c, row, col, at, c.weights + b * c.weights_step + v,
+                                       c.init ? c.init + at : nullptr, out + at);
         }
       }
-    };
-    for_outputs(c.cols, c.init != nullptr, outputs);  // adding to out twice would count twice
+    });
   }
 }
 
 template <class T>
 void conv_nhwc(const ConvNhwc<acc_t<T>>& c) {
-  if (c.in.tap_col == 1 && c.in.step_col == 1) {
+  const PixelsNhwc& x = c.in;
+  if (x.tap_row == 1 && x.tap_col == 1 && x.step_row == 1 && x.step_col == 1) {
     switch (c.tap_cols) {
-      case 1: return conv_rows<T, 1, 1>(c);
-      case 2: return conv_rows<T, 2, 1>(c);
-      case 3: return conv_rows<T, 3, 1>(c);
-      case 4: return conv_rows<T, 4, 1>(c);
-      case 5: return conv_rows<T, 5, 1>(c);
-      case 7: return conv_rows<T, 7, 1>(c);
+      case 1: return conv_dense<T, 1, 1>(c);
+      case 2: return conv_dense<T, 2, 1>(c);
+      case 3: return conv_dense<T, 3, 1>(c);
+      case 4: return conv_dense<T, 4, 1>(c);
+      case 5: return conv_dense<T, 5, 1>(c);
+      case 7: return conv_dense<T, 7, 1>(c);
     }
-  } else if (c.in.tap_col == 1 && c.in.step_col == 2) {
+  } else if (x.tap_row == 1 && x.tap_col == 1 && x.step_row == 2 && x.step_col == 2) {
     switch (c.tap_cols) {
-      case 3: return conv_rows<T, 3, 2>(c);
-      case 5: return conv_rows<T, 5, 2>(c);
-      case 7: return conv_rows<T, 7, 2>(c);
+      case 3: return conv_dense<T, 3, 2>(c);
+      case 5: return conv_dense<T, 5, 2>(c);
+      case 7: return conv_dense<T, 7, 2>(c);
     }
   }
-  conv_rows<T, 0, 0>(c);
+  conv_any<T>(c);
 }
 
-// kRows * kCols accumulators over columns [j, j_end) of row i of dy, kOut at a time, for the taps from `first` on: tap
-// rows, or with kStep == 0 any kRows taps in row-major order.
-template <class T, int kCols, int kStep, int kRows>
-inline void wgrad_taps(const WgradNhwc<acc_t<T>>& g, int first, int i, int j, int j_end, int at, acc_t<T>* dw) {
+// What one step of wgrad holds: sums for kTapRows filter rows, kRows x 4 elements of dy, and a pixel.
+template <int kTaps>
+struct WgradTile {
+  static constexpr int kCols = 4;
+  static constexpr int kTapRows = kTaps == 3 ? 3 : kTaps == 5 && kRegisters == 32 ? 5 : 1;
+  static constexpr int kFree = kRegisters - kTapRows * kTaps - 1;
+  static constexpr int kRows = kFree >= 4 * kCols ? 4 : kFree >= 2 * kCols ? 2 : 1;
+};
+
+// Adds to dw what rows [i, i + kRows) and columns [j, j_end) of dy give to the tap rows from `first` on.  Where dy ends
+// it is taken for zero: pixels of x are multiplied by that zero.
+template <class T, int kTaps, int kStep>
+inline void wgrad_tile(const WgradNhwc<acc_t<T>>& g, int first, int i, int j, int j_end, int at, acc_t<T>* dw) {
   typedef acc_t<T> A;
-  constexpr bool kAny = kStep == 0;
-  constexpr int L = kLanes<A>, kOut = kAny ? 1 : 4;
+  typedef WgradTile<kTaps> Tile;
+  constexpr int L = kLanes<A>, kRows = Tile::kRows, kCols = Tile::kCols, kTapRows = Tile::kTapRows;
   const PixelsNhwc& x = g.x;
+  const T* const zeros = reinterpret_cast<const T*>(kZeros);
   const T* dy = static_cast<const T*>(g.dy) + i * g.dy_row + at;
-  const T* rows[kRows];
-  bool exists[kRows];
-  int tap_col[kRows];
+  const int row = x.first_row + i * kStep + first;
+  const T* in = static_cast<const T*>(x.data) + row * x.row + at;
+  vec<A, L> acc[kTapRows][kTaps] = {};
+  for (; j < j_end; j += kCols) {
+    vec<A, L> d[kRows][kCols];
 #pragma GCC unroll 8
-  for (int k = 0; k < kRows; ++k) {
-    const int r = kAny ? (first + k) / g.tap_cols : first + k;
-    tap_col[k] = kAny ? (first + k) % g.tap_cols * x.tap_col : 0;
-    const int row = x.first_row + i * x.step_row + r * x.tap_row;
-    exists[k] = inside(row, x.rows);
-    rows[k] = static_cast<const T*>(x.data) + row * x.row + at;
-  }
-  vec<A, L> acc[kRows][kCols] = {};
-  const auto columns = [&](auto border, auto count, int j) {
-    constexpr int n = count.value;
-    vec<A, L> d[n];
+    for (int t = 0; t < kRows; ++t) {
 #pragma GCC unroll 8
-    for (int t = 0; t < n; ++t) {
-      d[t] = load<L>(dy + (j + t) * g.dy_pixel);
-      keep_in_register(d[t]);
+      for (int q = 0; q < kCols; ++q) {
+        d[t][q] = load<L>(i + t < g.rows && j + q < j_end ? dy + t * g.dy_row + (j + q) * g.dy_pixel : zeros);
+        keep_in_register(d[t][q]);
+      }
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      if (!exists[r]) continue;
-      const int col = x.first_col + j * x.step_col + tap_col[r];
-      const RowOfPixels<T, border.value> pixels{rows[r] + col * x.pixel, x.pixel, col, x.cols};
+    const int col = x.first_col + j * kStep;
+#pragma GCC unroll 16
+    for (int h = 0; h < (kRows - 1) * kStep + kTapRows; ++h) {
+      if (!inside(row + h, x.rows)) continue;
+      const RowOfPixels<T, true> pixels{in + h * x.row + col * x.pixel, x.pixel, col, x.cols};
 #pragma GCC unroll 32
-      for (int k = 0; k < (n - 1) * kStep + kCols; ++k) {
+      for (int k = 0; k < (kCols - 1) * kStep + kTaps; ++k) {
         vec<A, L> pixel = load<L>(pixels[k]);
         keep_in_register(pixel);
 #pragma GCC unroll 8
-        for (int t = 0; t < n; ++t) {
-          const int s = k - t * kStep;
-          if (s >= 0 && s < kCols) acc[r][s] += pixel * d[t];
+        for (int t = 0; t < kRows; ++t) {
+          const int r = h - t * kStep;
+          if (r < 0 || r >= kTapRows) continue;
+#pragma GCC unroll 8
+          for (int q = 0; q < kCols; ++q) {
+            const int s = k - q * kStep;
+            if (s >= 0 && s < kTaps) acc[r][s] += pixel * d[t][q];
+          }
         }
       }
     }
-  };
-  const auto any = [&](auto count, int j) {
-    const int left = x.first_col + j * x.step_col, taps = kAny ? (g.tap_cols - 1) * x.tap_col : kCols - 1;
-    if (left >= 0 && left + (count.value - 1) * x.step_col + taps < x.cols) columns(constant<0>{}, count, j);
-    else columns(constant<1>{}, count, j);
-  };
-  for (; j + kOut <= j_end; j += kOut) any(constant<kOut>{}, j);
-  if constexpr (kOut > 1) {
-    for (; j < j_end; ++j) any(constant<1>{}, j);
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+  for (int r = 0; r < kTapRows; ++r) {
 #pragma GCC unroll 8
-    for (int s = 0; s < kCols; ++s, dw += g.block) store<L>(dw, load<L>(dw) + acc[r][s]);
+    for (int s = 0; s < kTaps; ++s, dw += g.block) store<L>(dw, load<L>(dw) + acc[r][s]);
   }
 }
 
-// f(row of dy, its columns [j, j_end), channel, that channel's dw) over the tile: a stretch of columns, then every
-// channel of it, so that memory is walked in order; long enough that loading and storing the sums is a small part.
-template <class T, class F>
+// f(rows [i, i + kRows) of dy, its columns [j, j_end), channel, that channel's dw) over the tile: a stretch of columns,
+// then every channel of it, so that memory is walked in order.  Out of the caches a long stretch is best, since the sums
+// are loaded and stored for each; out of memory a short one, which fetches the channels of a pixel together.
+template <class T, int kRows, int kStep, class F>
 inline void for_wgrad(const WgradNhwc<acc_t<T>>& g, F&& f) {
-  constexpr int kStretch = 20;
-  const int stretches = (g.cols + kStretch - 1) / kStretch;
-  for (int i = 0; i < g.rows; ++i) {
+  constexpr int kLine = 64 / sizeof(T);
+  const int stretch = g.stream ? 4 : 20, stretches = (g.cols + stretch - 1) / stretch;
+  const PixelsNhwc dy{g.dy, g.dy_row, g.dy_pixel, g.rows, g.cols, 0, 0, 1, 1, 1, 1};
+  for (int i = 0; i < g.rows; i += kRows) {
+    const int below = g.x.first_row + (i + kRows - 1) * kStep + g.tap_rows;
     for (int k = 0; k < stretches; ++k) {
+      const int j = g.cols * k / stretches, j_end = g.cols * (k + 1) / stretches;
       for (int b = 0; b < g.blocks; ++b) {
         for (int v = 0; v < g.block; v += kLanes<acc_t<T>>) {
-          f(i, g.cols * k / stretches, g.cols * (k + 1) / stretches, b * g.block + v, g.dw + b * g.dw_step + v);
+          const int at = b * g.block + v;
+          if (kStep > 0 && v % kLine == 0) {
+            prefetch<T>(dy, i + kRows, kRows, j, j_end - j, at);
+            prefetch<T>(g.x, below, kRows * kStep, g.x.first_col + j * kStep, (j_end - j) * kStep, at);
+          }
+          f(i, j, j_end, at, g.dw + b * g.dw_step + v);
         }
       }
     }
   }
 }
 
-// As many tap rows at a time as leave registers for 4 columns of dy.
-template <class T, int kCols, int kStep>
-void wgrad_rows(const WgradNhwc<acc_t<T>>& args) {
+template <class T, int kTaps, int kStep>
+void wgrad_dense(const WgradNhwc<acc_t<T>>& args) {
+  typedef WgradTile<kTaps> Tile;
   const WgradNhwc<acc_t<T>> g = args;
-  constexpr int kRows = kCols == 3 ? 3 : kVectorBytes < 64 ? 1 : kCols == 5 ? 5 : 3;
-  for_wgrad<T>(g, [&](int i, int j, int j_end, int at, acc_t<T>* dw) {
-    int r = 0;
-    for (; r + kRows <= g.tap_rows; r += kRows, dw += kRows * kCols * g.block) {
-      wgrad_taps<T, kCols, kStep, kRows>(g, r, i, j, j_end, at, dw);
+  for_wgrad<T, Tile::kRows, kStep>(g, [&](int i, int j, int j_end, int at, acc_t<T>* dw) {
+    for (int r = 0; r < g.tap_rows; r += Tile::kTapRows, dw += Tile::kTapRows * kTaps * g.block) {
+      wgrad_tile<T, kTaps, kStep>(g, r, i, j, j_end, at, dw);
     }
-    for (; r < g.tap_rows; ++r, dw += kCols * g.block) wgrad_taps<T, kCols, kStep, 1>(g, r, i, j, j_end, at, dw);
   });
 }
 
+// Any taps, eight at a time.
+template <class T, int kTaps>
+inline void wgrad_any_taps(const WgradNhwc<acc_t<T>>& g, int first, int i, int j, int j_end, int at, acc_t<T>* dw) {
+  typedef acc_t<T> A;
+  constexpr int L = kLanes<A>;
+  const PixelsNhwc& x = g.x;
+  const T* dy = static_cast<const T*>(g.dy) + i * g.dy_row + at;
+  vec<A, L> acc[kTaps] = {};
+  int col[kTaps];
+  const T* rows[kTaps];
+  for (int t = 0; t < kTaps; ++t) {
+    const int row = x.first_row + i * x.step_row + (first + t) / g.tap_cols * x.tap_row;
+    col[t] = x.first_col + (first + t) % g.tap_cols * x.tap_col;
+    rows[t] = inside(row, x.rows) ? static_cast<const T*>(x.data) + row * x.row + at : nullptr;
+  }
+  for (; j < j_end; ++j) {
+    const vec<A, L> d = load<L>(dy + j * g.dy_pixel);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTaps; ++t) {
+      const int k = col[t] + j * x.step_col;
+      if (rows[t] && inside(k, x.cols)) acc[t] += load<L>(rows[t] + k * x.pixel) * d;
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTaps; ++t, dw += g.block) store<L>(dw, load<L>(dw) + acc[t]);
+}
+
 template <class T>
-void wgrad_any(const WgradNhwc<acc_t<T>>& g) {
+void wgrad_any(const WgradNhwc<acc_t<T>>& args) {
+  const WgradNhwc<acc_t<T>> g = args;
   const int count = g.tap_rows * g.tap_cols;
-  for_wgrad<T>(g, [&](int i, int j, int j_end, int at, acc_t<T>* dw) {
+  for_wgrad<T, 1, 0>(g, [&](int i, int j, int j_end, int at, acc_t<T>* dw) {
     int t = 0;
-    for (; t + 8 <= count; t += 8, dw += 8 * g.block) wgrad_taps<T, 1, 0, 8>(g, t, i, j, j_end, at, dw);
-    for (; t < count; ++t, dw += g.block) wgrad_taps<T, 1, 0, 1>(g, t, i, j, j_end, at, dw);
+    for (; t + 8 <= count; t += 8, dw += 8 * g.block) wgrad_any_taps<T, 8>(g, t, i, j, j_end, at, dw);
+    for (; t < count; ++t, dw += g.block) wgrad_any_taps<T, 1>(g, t, i, j, j_end, at, dw);
   });
 }
 
 template <class T>
 void wgrad_nhwc(const WgradNhwc<acc_t<T>>& g) {
-  if (g.x.tap_col == 1 && g.x.step_col == 1) {
-    switch (g.tap_cols) {
-      case 3: return wgrad_rows<T, 3, 1>(g);
-      case 5: return wgrad_rows<T, 5, 1>(g);
-      case 7: return wgrad_rows<T, 7, 1>(g);
-    }
-  } else if (g.x.tap_col == 1 && g.x.step_col == 2) {
-    switch (g.tap_cols) {
-      case 3: return wgrad_rows<T, 3, 2>(g);
-      case 5: return wgrad_rows<T, 5, 2>(g);
-      case 7: return wgrad_rows<T, 7, 2>(g);
+  const PixelsNhwc& x = g.x;
+  if (x.tap_row == 1 && x.tap_col == 1 && x.step_row == x.step_col && g.tap_rows == g.tap_cols) {
+    if (x.step_col == 1) {
+      switch (g.tap_cols) {
+        case 3: return wgrad_dense<T, 3, 1>(g);
+        case 5: return wgrad_dense<T, 5, 1>(g);
+        case 7: return wgrad_dense<T, 7, 1>(g);
+      }
+    } else if (x.step_col == 2) {
+      switch (g.tap_cols) {
+        case 3: return wgrad_dense<T, 3, 2>(g);
+        case 5: return wgrad_dense<T, 5, 2>(g);
+        case 7: return wgrad_dense<T, 7, 2>(g);
+      }
     }
   }
   wgrad_any<T>(g);

@@ -60,6 +60,7 @@ struct ConvNhwc {
   void* out;
   ptrdiff_t out_row, out_pixel;
   int rows, cols, block, blocks;
+  bool stream;  // out is aligned to cache lines and too large to stay in the caches
 };
 
 // dw[r][s] += sum over (i, j) of dy[i][j] * x(i, j, r, s)
@@ -72,6 +73,7 @@ struct WgradNhwc {
   int rows, cols, block, blocks;
   A* dw;              // [tap_rows][tap_cols][block]
   ptrdiff_t dw_step;  // from block to block
+  bool stream;        // x and dy do not fit into the caches
 };
 
 template <class A>

@@ -16,18 +16,20 @@ class NhwcTile {
  public:
   NhwcTile(const Call<T>& call, Scratch<A>& scratch, const Item& item)
       : call_(call), s_(call.shape), plan_(call.plan), scratch_(scratch), image_(item.image), b_(item.block),
-        blocks_(item.blocks), block_(plan_.block), c0_(b_ * block_), lanes_(std::min(block_, s_.C - c0_)), affine_(call.affine(b_)),
-        direct_(plan_.direct && lanes_ == block_), y_rows_(plan_.rows.y(item.row_tile)),
-        y_cols_(plan_.cols.y(item.col_tile)) {
+        blocks_(item.blocks), block_(plan_.block), c0_(b_ * block_), lanes_(std::min(block_, s_.C - c0_)),
+        affine_(call.affine(b_)), direct_(!item.staged) {
+    const Cut &rows = item.staged ? plan_.staged_rows : plan_.rows, &cols = plan_.cols;
+    y_rows_ = rows.y(item.row_tile);
+    y_cols_ = cols.y(item.col_tile);
     if (plan_.reads_x) {
-      x_rows_ = plan_.rows.staged_x(item.row_tile);
-      x_cols_ = plan_.cols.staged_x(item.col_tile);
+      x_rows_ = rows.staged_x(item.row_tile);
+      x_cols_ = cols.staged_x(item.col_tile);
     }
     if (plan_.reads_dy) {
-      dy_rows_ = plan_.rows.staged_dy(item.row_tile);
-      dy_cols_ = plan_.cols.staged_dy(item.col_tile);
-      dx_rows_ = plan_.rows.x(item.row_tile);
-      dx_cols_ = plan_.cols.x(item.col_tile);
+      dy_rows_ = rows.staged_dy(item.row_tile);
+      dy_cols_ = cols.staged_dy(item.col_tile);
+      dx_rows_ = rows.x(item.row_tile);
+      dx_cols_ = cols.x(item.col_tile);
     }
   }
 
@@ -71,6 +73,10 @@ class NhwcTile {
     return x;
   }
 
+  bool streams(const T* dst, const TensorRef& out) const {
+    return plan_.stream && reinterpret_cast<uintptr_t>(dst) % 64 == 0 && out.w * sizeof(T) % 64 == 0;
+  }
+
   void fprop(int m) {
     const TensorRef y = dense<T>(call_.args.y, true, s_.K(), s_.P(), s_.Q());
     T* dst = const_cast<T*>(at<T>(y, image_, int64_t{c0_} * s_.M + m, y_rows_.lo, y_cols_.lo));
@@ -79,11 +85,11 @@ class NhwcTile {
     const int rows = y_rows_.size(), cols = y_cols_.size();
     if (direct_) {
       call_.kernels.conv_nhwc({x_pixels(), s_.R, s_.S, weights, int64_t{plan_.taps} * block_, bias, dst, y.h, y.w, rows,
-                               cols, block_, blocks_});
+                               cols, block_, blocks_, streams(dst, y)});
       return;
     }
     call_.kernels.conv_staged_nhwc({x_pixels(), s_.R, s_.S, weights, 0, bias, scratch_.out, ptrdiff_t{cols} * block_,
-                                    block_, rows, cols, block_, 1});
+                                    block_, rows, cols, block_, 1, false});
     call_.kernels.store_nhwc({scratch_.out, dst, y.h, y.w, s_.M, rows, cols, lanes_, block_, {}});
   }
 
@@ -111,13 +117,14 @@ class NhwcTile {
       const TensorRef dx = dense<T>(call_.args.dx, true, s_.C, s_.H, s_.W);
       T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo + i, dx_cols_.lo + j));
       call_.kernels.conv_nhwc({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init, dst,
-                               s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, block_, blocks_});
+                               s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, block_, blocks_,
+                               streams(dst, dx)});
       return;
     }
     const ptrdiff_t row = ptrdiff_t{dx_cols_.size()} * block_;
     call_.kernels.conv_staged_nhwc({dy, tap_cols ? tap_rows : 0, tap_cols, weights, 0, init,
                                     scratch_.out + i * row + j * block_, s_.stride_h * row,
-                                    ptrdiff_t{s_.stride_w} * block_, out_rows, out_cols, block_, 1});
+                                    ptrdiff_t{s_.stride_w} * block_, out_rows, out_cols, block_, 1, false});
   }
 
   void store_dx() {
@@ -140,13 +147,13 @@ class NhwcTile {
     if (direct_) {
       const TensorRef& dy = call_.args.dy;
       call_.kernels.wgrad_nhwc({x_pixels(), s_.R, s_.S, at<T>(dy, image_, c0_, y_rows_.lo, y_cols_.lo), dy.h, dy.w,
-                                y_rows_.size(), y_cols_.size(), block_, blocks_, dw, plan_.sums_per_block});
+                                y_rows_.size(), y_cols_.size(), block_, blocks_, dw, plan_.sums_per_block, plan_.stream});
       return;
     }
     const ptrdiff_t row = ptrdiff_t{dy_cols_.size()} * block_;
     const A* dy = scratch_.dy + (y_rows_.lo - dy_rows_.lo) * row + ptrdiff_t{y_cols_.lo - dy_cols_.lo} * block_;
     call_.kernels.wgrad_staged_nhwc(
-        {x_pixels(), s_.R, s_.S, dy, row, block_, y_rows_.size(), y_cols_.size(), block_, 1, dw, 0});
+        {x_pixels(), s_.R, s_.S, dy, row, block_, y_rows_.size(), y_cols_.size(), block_, 1, dw, 0, false});
   }
 
   const Call<T>& call_;
@@ -157,8 +164,7 @@ class NhwcTile {
   const int b_, blocks_, block_, c0_, lanes_;
   const Affine<A> affine_;
   const bool direct_;
-  const Span y_rows_, y_cols_;
-  Span x_rows_{}, x_cols_{}, dy_rows_{}, dy_cols_{}, dx_rows_{}, dx_cols_{};
+  Span y_rows_{}, y_cols_{}, x_rows_{}, x_cols_{}, dy_rows_{}, dy_cols_{}, dx_rows_{}, dx_cols_{};
 };
 
 }  // namespace xsep::cpu

@@ -1,14 +1,22 @@
 #include "plan.h"
-#include <cstdlib>
 
 namespace xsep::cpu {
 namespace {
 
-const int64_t kTileBytes = getenv("XT") ? atoi(getenv("XT"))*1024 : 24 * 1024;       // staged data of a tile: most of a 32 KB first-level cache
-const int kMaxCols = getenv("XC") ? atoi(getenv("XC")) : 40;                    // of a tile; wider images are cut evenly
-constexpr int64_t kMacsPerThread = 64 * 1024;   // about 3 us of work: less is not worth a thread
+constexpr int64_t kStagedBytes = 32 * 1024;    // of a tile: what a first-level cache holds
+constexpr int64_t kMacsPerThread = 64 * 1024;  // about 3 us of work: less is not worth a thread
+constexpr int kItemsPerThread = 4;             // at least, so that threads end at about the same time
 
-int group_lines() { static int v = getenv("XG") ? atoi(getenv("XG")) : 8; return v; }
+// Of the tensor that a row of an NHWC tile reads, in cache lines.  Some ten rows of it, those in use and those asked for
+// ahead, share a second-level cache; the fused backward goes over a tile of both tensors twice.
+constexpr int kRowLines = 1280, kFusedRowLines = 512;
+constexpr int kFusedRows = 8;
+constexpr int kGroupLines = 8;  // of a pixel, at least: memory likes long stretches
+constexpr int kMaxColsNchw = 1024;
+
+// Tensors above this many bytes do not stay in a last-level cache.
+constexpr int64_t kStreamBytes = 24 << 20;
+
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -26,51 +34,84 @@ Extent largest(const Cut& cut, bool reads_x, bool reads_dy) {
   return e;
 }
 
+// The axis that a pass cuts evenly.
+int extent(const Cut& cut) { return cut.pass == Pass::kDgrad ? cut.axis.in : cut.axis.out; }
+
+// The fewest pieces that `fits` takes, at most `limit`; halving first, so that long axes take few steps.
+template <class F>
+int fewest(int limit, F&& fits) {
+  int n = 1;
+  while (n < limit && !fits(n)) n = std::min(limit, 2 * n);
+  while (n > 1 && fits(n - 1)) --n;
+  return n;
+}
+
 }  // namespace
+
+// Tiles are as wide and as tall as the caches allow: a row of all channels is one stretch of memory.
+void Plan::cut_nhwc(const DepthwiseArgs& args) {
+  const ConvShape& s = args.shape;
+  const bool direct = s.M == 1 && !args.on_load.any(), fused = args.pass == Pass::kDgradWgrad;
+  const int lines = makes_dw ? kFusedRowLines : kRowLines;
+  whole_blocks = direct ? s.C / block : 0;
+  cols.tiles = ceil_div(extent(cols), lines / kGroupLines);
+  groups = direct ? ceil_div(blocks, std::max(kGroupLines, lines / ceil_div(extent(cols), cols.tiles))) : blocks;
+  rows.tiles = fused ? ceil_div(extent(rows), kFusedRows) : 1;
+  const int64_t per_row = int64_t{s.N} * cols.tiles * groups, wanted = int64_t{kItemsPerThread} * args.threads;
+  if (per_row > 0 && per_row * rows.tiles < wanted) {
+    rows.tiles = std::max(rows.tiles, std::min(ceil_div(extent(rows), 4), ceil_div(wanted, per_row)));
+  }
+  const Extent col = largest(cols, reads_x, reads_dy);
+  staged_rows = rows;
+  bands = whole_blocks == blocks ? 1 : fewest(ceil_div(extent(rows), rows.tiles), [&](int count) {
+    staged_rows.tiles = rows.tiles * count;
+    const Extent row = largest(staged_rows, reads_x, reads_dy);
+    return (int64_t{row.x} * col.x + int64_t{row.dy} * col.dy) * block * 4 <= kStagedBytes;
+  });
+  staged_rows.tiles = rows.tiles * bands;
+}
+
+// Vectors run along rows, so a tile is as wide as the image unless a few rows of it would not fit.
+void Plan::cut_nchw(const DepthwiseArgs& args) {
+  const int accumulator_bytes = args.dtype == Dtype::kFloat64 ? 8 : 4;
+  groups = blocks;
+  whole_blocks = 0;
+  cols.tiles = ceil_div(extent(cols), kMaxColsNchw);
+  const Extent col = largest(cols, reads_x, reads_dy);
+  rows.tiles = fewest(extent(rows), [&](int count) {
+    rows.tiles = count;
+    const Extent row = largest(rows, reads_x, reads_dy);
+    const int64_t x = int64_t{row.x} * col.x, dy = int64_t{row.dy} * col.dy * args.shape.M * (makes_dw ? 2 : 1);
+    return (x + dy) * accumulator_bytes <= kStagedBytes;
+  });
+  staged_rows = rows;
+  bands = 1;
+}
 
 Plan::Plan(const DepthwiseArgs& args) {
   const ConvShape& s = args.shape;
-  const int accumulator_bytes = args.dtype == Dtype::kFloat64 ? 8 : 4;
-  const int line = 64 / accumulator_bytes;
   const bool half = args.dtype == Dtype::kFloat16 || args.dtype == Dtype::kBFloat16;
+  const int line = args.dtype == Dtype::kFloat64 ? 8 : 16;
   const Pass pass = args.pass;
   reads_x = pass != Pass::kDgrad;
   reads_dy = pass != Pass::kFprop;
   makes_dx = pass == Pass::kDgrad || pass == Pass::kDgradWgrad;
   makes_dw = pass == Pass::kWgrad || pass == Pass::kDgradWgrad;
 
-  direct = args.nhwc && s.M == 1 && !args.on_load.any();
   block = !args.nhwc ? 1 : half ? 2 * line : line;  // a line of the tensor or of the tile, whichever is longer
   blocks = ceil_div(s.C, block);
   taps = s.M * s.R * s.S;
-
   rows = {{s.H, s.P(), s.R, s.stride_h, s.pad_top, s.dilation_h}, 1, pass};
   cols = {{s.W, s.Q(), s.S, s.stride_w, s.pad_left, s.dilation_w}, 1, pass};
-  const auto extent = [pass](const Cut& cut) { return pass == Pass::kDgrad ? cut.axis.in : cut.axis.out; };
-  // NCHW vectors run along rows, so there a tile is as wide as the image unless a few rows of it would not fit.
-  const int max_cols = args.nhwc ? kMaxCols : 1024;
-  cols.tiles = ceil_div(extent(cols), max_cols);
-  const Extent col = largest(cols, reads_x, reads_dy);
-  const auto staged_bytes = [&](int tiles) {
-    rows.tiles = tiles;
-    const Extent row = largest(rows, reads_x, reads_dy);
-    const int64_t x = int64_t{row.x} * col.x, dy = int64_t{row.dy} * col.dy * s.M * (args.nhwc || !makes_dw ? 1 : 2);
-    return (x + dy) * block * accumulator_bytes;
-  };
-  // The fewest tiles that fit; halving first, so that tall images take few steps.
-  int tiles = 1;
-  while (tiles < extent(rows) && staged_bytes(tiles) > kTileBytes) tiles = std::min(extent(rows), 2 * tiles);
-  while (tiles > 1 && staged_bytes(tiles - 1) <= kTileBytes) --tiles;
-  rows.tiles = tiles;
-  const Extent row = largest(rows, reads_x, reads_dy);
+  if (args.nhwc) cut_nhwc(args);
+  else cut_nchw(args);
+  const Extent row = largest(staged_rows, reads_x, reads_dy), col = largest(cols, reads_x, reads_dy);
 
-  whole_blocks = direct ? s.C / block : 0;
-  whole_groups = ceil_div(whole_blocks, group_lines());
-  groups = whole_groups + blocks - whole_blocks;
   items = int64_t{s.N} * rows.tiles * cols.tiles * groups;
   const int64_t macs = s.y_numel() * s.R * s.S;
   threads = static_cast<int>(std::clamp<int64_t>(macs / kMacsPerThread, 1, std::max(1, args.threads)));
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
+  stream = (pass == Pass::kFprop ? s.y_numel() : s.x_numel()) * (64 / (half ? 2 * line : line)) > kStreamBytes;
 
   if (makes_dx) {
     for (int a = 0; a < s.stride_h; ++a) row_classes.push_back(rows.axis.dgrad_taps(a));
@@ -87,10 +128,11 @@ Plan::Plan(const DepthwiseArgs& args) {
   }
 
   if (args.nhwc) {
-    x_tile = int64_t{row.x} * col.x * block;
-    dy_tile = int64_t{row.dy} * col.dy * block;
+    const int staged = whole_blocks < blocks ? block : 0;
+    x_tile = int64_t{row.x} * col.x * staged;
+    dy_tile = int64_t{row.dy} * col.dy * staged;
     wgrad_dy_tile = 0;
-    out_tile = makes_dx || pass == Pass::kFprop ? int64_t{row.out} * col.out * block : 0;
+    out_tile = makes_dx || pass == Pass::kFprop ? int64_t{row.out} * col.out * staged : 0;
   } else {
     // Split by the strides' residues, each part rounded up to whole rows and columns.
     const int64_t pitch = ceil_div(col.x, s.stride_w);

@@ -88,14 +88,19 @@ struct Cut {
 struct Plan {
   explicit Plan(const DepthwiseArgs& args);
 
+  // The part of the work that a thread takes at a time: a tile of rows and columns, and a group of channel blocks.
   Cut rows, cols;
-  int block;       // channels a tile holds: a cache line or two of the accumulation type in NHWC, 1 in NCHW
-  int blocks;      // that cover C
-  int taps;        // M * R * S
-  int threads;     // at most; fewer than asked for when there is little to do
-  bool direct;     // NHWC: whole blocks are read from and written to the tensors, not staged
-  int groups;      // of blocks that an item takes at once
-  int64_t items;   // NHWC: (image, tile row, tile column, group), NCHW: (image, channel, tile row, tile column)
+  int groups;     // [first_block(g), first_block(g + 1)) each
+  int64_t items;  // of all images
+  int threads;    // at most; fewer than asked for when there is little to do
+
+  int block;         // channels that lie together: a cache line or two of the accumulation type in NHWC, 1 in NCHW
+  int blocks;        // that cover C
+  int whole_blocks;  // NHWC: of them, the first so many are read from and written to the tensors, not staged
+  Cut staged_rows;   // the other blocks cut each tile of rows into bands that fit into a first-level cache
+  int bands;         // per tile of rows
+  int taps;          // M * R * S
+  bool stream;       // the tensors do not fit into the caches
 
   // Packed filter of a block: position -> index into the M * R * S taps of a channel.  dgrad groups them by class.
   std::vector<int> order;
@@ -112,12 +117,11 @@ struct Plan {
 
   bool reads_x, reads_dy, makes_dx, makes_dw;
 
-  // Group g covers blocks [first_block(g), first_block(g + 1)).  A last block that the channels do not fill is alone.
-  int first_block(int g) const {
-    if (g >= whole_groups) return std::min(blocks, whole_blocks + (g - whole_groups));
-    return static_cast<int>(int64_t{whole_blocks} * g / whole_groups);
-  }
-  int whole_blocks, whole_groups;
+  int first_block(int group) const { return static_cast<int>(int64_t{blocks} * group / groups); }
+
+ private:
+  void cut_nhwc(const DepthwiseArgs& args);
+  void cut_nchw(const DepthwiseArgs& args);
 };
 
 }  // namespace xsep::cpu
