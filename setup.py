@@ -4,7 +4,6 @@ Environment variables: MAX_JOBS (compile jobs; default from cores and free memor
 kernels even if nvcc is here), FORCE_CUDA=1 (a missing nvcc is an error), CMAKE_ARGS (passed to CMake), DEBUG=1.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -69,14 +68,12 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DXSEP_BUILD_PYTHON=ON",
             "-DXSEP_BUILD_TESTS=OFF",
+            f"-DXSEP_CUDA_SUMMARY={cuda}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         count = jobs()
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "-j", str(count)], check=True)
-        summary = {"cuda": cuda, "jobs": count, "cmake_args": os.environ.get("CMAKE_ARGS", "")}
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "build_info.json").write_text(json.dumps(summary, indent=2) + "\n")
         print(f"xsep: CPU kernels built with {count} jobs; CUDA kernels {cuda}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from pathlib import Path
@@ -36,10 +35,8 @@ def built() -> dict[str, str]:
         found["compiled module"] = str(module.__file__)
         found["compiler"] = module.compiler + (", OpenMP" if module.openmp else ", no OpenMP: one thread")
         found["CPU instruction sets"] = f"{', '.join(module.isas())} (in use: {module.current_isa()})"
-    try:
-        found["CUDA kernels"] = json.loads((Path(__file__).parent / "build_info.json").read_text())["cuda"]
-    except (OSError, ValueError, KeyError):
-        found["CUDA kernels"] = "unknown: no build_info.json beside the package"
+        found["large outputs"] = "recycled" if module.recycles() else "allocated by torch at every call"
+        found["CUDA kernels"] = module.cuda
     return found
 
 

@@ -81,22 +81,22 @@ void stage_nhwc(const StageNhwc<acc_t<T>>& s) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
   for (int i = 0; i < s.rows; ++i) {
-    A* dst = s.tile + ptrdiff_t{i} * s.cols * s.block;
+    A* dst = s.tile + ptrdiff_t{i} * s.cols * kBlock<acc_t<T>>;
     if (i < s.row_lo || i >= s.row_hi || s.col_lo >= s.col_hi) {
-      zero(dst, ptrdiff_t{s.cols} * s.block);
+      zero(dst, ptrdiff_t{s.cols} * kBlock<acc_t<T>>);
       continue;
     }
-    zero(dst, ptrdiff_t{s.col_lo} * s.block);
-    zero(dst + ptrdiff_t{s.col_hi} * s.block, ptrdiff_t{s.cols - s.col_hi} * s.block);
-    dst += ptrdiff_t{s.col_lo} * s.block;
+    zero(dst, ptrdiff_t{s.col_lo} * kBlock<acc_t<T>>);
+    zero(dst + ptrdiff_t{s.col_hi} * kBlock<acc_t<T>>, ptrdiff_t{s.cols - s.col_hi} * kBlock<acc_t<T>>);
+    dst += ptrdiff_t{s.col_lo} * kBlock<acc_t<T>>;
     const T* src = static_cast<const T*>(s.src) + (i - s.row_lo) * s.row;
-    if (s.lanes == s.block && s.lane == 1 && !s.affine.any) {
-      for (int j = s.col_lo; j < s.col_hi; ++j, src += s.pixel, dst += s.block) {
-        for (int c = 0; c < s.block; c += L) store<L>(dst + c, load<L>(src + c));
+    if (s.lanes == kBlock<acc_t<T>> && s.lane == 1 && !s.affine.any) {
+      for (int j = s.col_lo; j < s.col_hi; ++j, src += s.pixel, dst += kBlock<acc_t<T>>) {
+        for (int c = 0; c < kBlock<acc_t<T>>; c += L) store<L>(dst + c, load<L>(src + c));
       }
       continue;
     }
-    for (int j = s.col_lo; j < s.col_hi; ++j, src += s.pixel, dst += s.block) {
+    for (int j = s.col_lo; j < s.col_hi; ++j, src += s.pixel, dst += kBlock<acc_t<T>>) {
       if (s.lane != 1) {
         for (int c = 0; c < s.lanes; ++c) store<1>(dst + c, load<1>(src + c * s.lane));
       } else {
@@ -109,7 +109,7 @@ void stage_nhwc(const StageNhwc<acc_t<T>>& s) {
                                         load<n>(s.affine.scale + c), load<n>(s.affine.shift + c)));
         });
       }
-      zero(dst + s.lanes, s.block - s.lanes);
+      zero(dst + s.lanes, kBlock<acc_t<T>> - s.lanes);
     }
   }
 }
@@ -124,7 +124,7 @@ inline void store_affine_row(const StoreNhwc<acc_t<T>>& s, const acc_t<T>* src, 
   vec<A, L> dscale = {}, dshift = {};
   for (int j = 0; j < s.cols; ++j) {
     const vec<A, L> value = load<L>(x + j * g.x_pixel + c);
-    const vec<A, L> du = masked<L, A>(g.affine, load<L>(src + j * s.block + c), value, center, scale, shift);
+    const vec<A, L> du = masked<L, A>(g.affine, load<L>(src + j * kBlock<acc_t<T>> + c), value, center, scale, shift);
     store<L>(dst + j * s.pixel + c, du * scale);
     dscale += du * (value - center);
     dshift += du;
@@ -138,14 +138,14 @@ void store_nhwc(const StoreNhwc<acc_t<T>>& s) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
   for (int i = 0; i < s.rows; ++i) {
-    const A* src = s.tile + ptrdiff_t{i} * s.cols * s.block;
+    const A* src = s.tile + ptrdiff_t{i} * s.cols * kBlock<acc_t<T>>;
     T* dst = static_cast<T*>(s.dst) + i * s.row;
     if (s.grad.affine.any) {
       const T* x = static_cast<const T*>(s.grad.x) + i * s.grad.x_row;
       for_lanes<L>(s.lanes, [&](auto l, int c) { store_affine_row<l.value, T>(s, src, dst, x, c); });
       continue;
     }
-    for (int j = 0; j < s.cols; ++j, src += s.block, dst += s.pixel) {
+    for (int j = 0; j < s.cols; ++j, src += kBlock<acc_t<T>>, dst += s.pixel) {
       if (s.lane != 1) {
         for (int c = 0; c < s.lanes; ++c) store<1>(dst + c * s.lane, load<1>(src + c));
       } else {
@@ -154,9 +154,6 @@ void store_nhwc(const StoreNhwc<acc_t<T>>& s) {
     }
   }
 }
-
-// Pixels beyond the left and right border read these zeros (a cache line or two of any type).
-alignas(64) const char kZeros[128] = {};
 
 inline bool inside(int i, int extent) { return static_cast<unsigned>(i) < static_cast<unsigned>(extent); }
 
@@ -169,19 +166,6 @@ inline void keep_in_register(V& v) {
   if constexpr (sizeof(V) <= kVectorBytes) asm("" : "+x"(v));
 #endif
 }
-
-// The pixels of one row, beginning with the one that tap column 0 of an output meets; kBorder: some may not exist.
-template <class T, bool kBorder>
-struct RowOfPixels {
-  const T* data;
-  ptrdiff_t pixel;
-  int first, cols;
-
-  const T* operator[](int i) const {
-    if constexpr (!kBorder) return data + i * pixel;
-    else return inside(first + i, cols) ? data + i * pixel : reinterpret_cast<const T*>(kZeros);
-  }
-};
 
 constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
 
@@ -203,29 +187,58 @@ struct ConvTile {
   static constexpr int kRows = kFree >= 4 * kCols ? 4 : kFree >= 2 * kCols ? 2 : 1;
 };
 
+// Left alone, GCC computes the addresses of all that a tile touches before the loop over channels, and keeps them on the
+// stack: this makes it take them from the pointer, where an addressing mode does it.
+template <class P>
+inline void keep_pointer(P*& p) {
+  asm("" : "+r"(p));
+}
+
+template <class T>
+inline const T* bytes_on(const T* p, ptrdiff_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
+}
+template <class T>
+inline T* bytes_on(T* p, ptrdiff_t bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(p) + bytes);
+}
+
 // Filter rows of kTaps neighbours; outputs lie kStep pixels apart in both directions.  Makes `rows` x kCols outputs, with
 // at most as many rows as a tile has.  `in` is the pixel that tap (0, 0) of output (0, 0) meets: its position is (row, col).
 // kSquare: a whole tile and a square filter, so that which taps a row of pixels meets is known in advance.
-template <class T, int kTaps, int kStep, int kCols, bool kSquare>
+// kBorder: some columns of pixels may not exist.
+template <class T, int kTaps, int kStep, int kCols, bool kSquare, bool kBorder>
 inline void conv_tile(const ConvNhwc<acc_t<T>>& c, const T* in, int row, int col, int rows, const acc_t<T>* w,
                       const acc_t<T>* init, T* out) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>, kPixels = (kCols - 1) * kStep + kTaps, kRows = ConvTile<kTaps, kStep>::kRows;
+  const ptrdiff_t x_row = c.in.row * sizeof(T), x_pixel = c.in.pixel * sizeof(T);
+  const ptrdiff_t out_row = c.out_row * sizeof(T), out_pixel = c.out_pixel * sizeof(T);
+  keep_pointer(in);
+  keep_pointer(out);
+  keep_pointer(w);
   vec<A, L> acc[kRows][kCols];
+  if (init) {
+    const vec<A, L> first = load<L>(init);
 #pragma GCC unroll 8
-  for (int t = 0; t < kRows; ++t) {
+    for (int t = 0; t < kRows; ++t) {
 #pragma GCC unroll 8
-    for (int q = 0; q < kCols; ++q) {
-      if (init) acc[t][q] = load<L>(init);
-      else if (t < rows) acc[t][q] = load<L>(out + t * c.out_row + q * c.out_pixel);
+      for (int q = 0; q < kCols; ++q) acc[t][q] = first;
+    }
+  } else {
+#pragma GCC unroll 8
+    for (int t = 0; t < kRows; ++t) {
+      if (t >= rows) break;
+#pragma GCC unroll 8
+      for (int q = 0; q < kCols; ++q) acc[t][q] = load<L>(bytes_on(out, t * out_row + q * out_pixel));
     }
   }
-  const auto add_row = [&](int h, int rows, int tap_rows) __attribute__((always_inline)) {
-    const RowOfPixels<T, true> x{in + h * c.in.row, c.in.pixel, col, c.in.cols};
+  const auto add_row = [&](const T* x, int h, int rows, int tap_rows) __attribute__((always_inline)) {
     vec<A, L> pixel[kPixels];
 #pragma GCC unroll 32
     for (int k = 0; k < kPixels; ++k) {
-      pixel[k] = load<L>(x[k]);
+      if (kBorder && !inside(col + k, c.in.cols)) pixel[k] = vec<A, L>{};
+      else pixel[k] = load<L>(bytes_on(x, k * x_pixel));
       keep_in_register(pixel[k]);
     }
 #pragma GCC unroll 8
@@ -234,7 +247,7 @@ inline void conv_tile(const ConvNhwc<acc_t<T>>& c, const T* in, int row, int col
       if (!inside(r, tap_rows) || t >= rows) continue;
 #pragma GCC unroll 8
       for (int s = 0; s < kTaps; ++s) {
-        vec<A, L> weight = load<L>(w + (r * kTaps + s) * c.block);
+        vec<A, L> weight = load<L>(w + (r * kTaps + s) * kBlock<A>);
         keep_in_register(weight);
 #pragma GCC unroll 8
         for (int q = 0; q < kCols; ++q) acc[t][q] += pixel[q * kStep + s] * weight;
@@ -244,22 +257,31 @@ inline void conv_tile(const ConvNhwc<acc_t<T>>& c, const T* in, int row, int col
   if constexpr (kSquare) {
 #pragma GCC unroll 16
     for (int h = 0; h < (kRows - 1) * kStep + kTaps; ++h) {
-      if (inside(row + h, c.in.rows)) add_row(h, kRows, kTaps);
+      if (inside(row + h, c.in.rows)) add_row(in, h, kRows, kTaps);
+      in = bytes_on(in, x_row);
+      keep_pointer(in);
     }
   } else {
     const int h_lo = row < 0 ? -row : 0, all = (rows - 1) * kStep + c.tap_rows;
     const int h_hi = all < c.in.rows - row ? all : c.in.rows - row;
-    for (int h = h_lo; h < h_hi; ++h) add_row(h, rows, c.tap_rows);
+    in = bytes_on(in, h_lo * x_row);
+    for (int h = h_lo; h < h_hi; ++h) {
+      add_row(in, h, rows, c.tap_rows);
+      in = bytes_on(in, x_row);
+      keep_pointer(in);
+    }
   }
 #pragma GCC unroll 8
   for (int t = 0; t < kRows; ++t) {
     if (t >= rows) break;
 #pragma GCC unroll 8
     for (int q = 0; q < kCols; ++q) {
-      T* dst = out + t * c.out_row + q * c.out_pixel;
+      T* dst = bytes_on(out, q * out_pixel);
       if (c.stream) stream<L>(dst, acc[t][q]);
       else store<L>(dst, acc[t][q]);
     }
+    out = bytes_on(out, out_row);
+    keep_pointer(out);
   }
 }
 
@@ -293,24 +315,29 @@ void conv_dense(const ConvNhwc<acc_t<T>>& args) {
   for (int i = 0; i < c.rows; i += kRows) {
     const int rows = kRows < c.rows - i ? kRows : c.rows - i, row = c.in.first_row + i * kStep;
     const int below = row + (rows - 1) * kStep + c.tap_rows;
+    // Larger filters do enough with a pixel as it is.
+    const bool square = kTaps == 3 && rows == kRows && c.tap_rows == 3;
     for_columns(c.cols, c.init != nullptr, [&](auto cols, int j) {  // adding to out twice would count twice
+      constexpr int kCols = cols.value;
       const int col = c.in.first_col + j * kStep;
+      const bool border = kCols < 4 || col < 0 || col + (kCols - 1) * kStep + kTaps > c.in.cols;
       const T* in = static_cast<const T*>(c.in.data) + row * c.in.row + col * c.in.pixel;
       T* out = static_cast<T*>(c.out) + i * c.out_row + j * c.out_pixel;
-      // Channels innermost: memory is walked in order.
-      for (int b = 0; b < c.blocks; ++b) {
-        for (int v = 0; v < c.block; v += kLanes<A>) {
-          const int at = b * c.block + v;
-          if (v % kLine == 0) prefetch<T>(c.in, below, kRows * kStep, col, cols.value * kStep, at);
-          const A *weights = c.weights + b * c.weights_step + v, *init = c.init ? c.init + at : nullptr;
-          // Larger filters do enough with a pixel as it is.
-          if (kTaps == 3 && rows == kRows && c.tap_rows == 3) {
-            conv_tile<T, kTaps, kStep, cols.value, kTaps == 3>(c, in + at, row, col, kRows, weights, init, out + at);
-          } else {
-            conv_tile<T, kTaps, kStep, cols.value, false>(c, in + at, row, col, rows, weights, init, out + at);
+      const auto channels = [&](auto is_square, auto is_border) {
+        // Channels innermost: memory is walked in order.
+        for (int b = 0; b < c.blocks; ++b) {
+          for (int v = 0; v < kBlock<A>; v += kLanes<A>) {
+            const int at = b * kBlock<A> + v;
+            if (at % kLine == 0) prefetch<T>(c.in, below, kRows * kStep, col, kCols * kStep, at);
+            conv_tile<T, kTaps, kStep, kCols, is_square.value, is_border.value>(
+                c, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + at : nullptr, out + at);
           }
         }
+      };
+      if constexpr (kTaps == 3) {
+        if (square) return border ? channels(constant<1>{}, constant<1>{}) : channels(constant<1>{}, constant<kCols < 4>{});
       }
+      border ? channels(constant<0>{}, constant<1>{}) : channels(constant<0>{}, constant<kCols < 4>{});
     });
   }
 }
@@ -329,7 +356,7 @@ inline void conv_any_tile(const ConvNhwc<acc_t<T>>& c, int row, int col, int at,
     const int h = row + r * x.tap_row;
     if (!inside(h, x.rows)) continue;
     for (int s = 0; s < c.tap_cols; ++s) {
-      const vec<A, L> weight = load<L>(w + (r * c.tap_cols + s) * c.block);
+      const vec<A, L> weight = load<L>(w + (r * c.tap_cols + s) * kBlock<acc_t<T>>);
 #pragma GCC unroll 8
       for (int q = 0; q < kCols; ++q) {
         const int k = col + q * x.step_col + s * x.tap_col;
@@ -349,8 +376,8 @@ void conv_any(const ConvNhwc<acc_t<T>>& args) {
       const int row = c.in.first_row + i * c.in.step_row, col = c.in.first_col + j * c.in.step_col;
       T* out = static_cast<T*>(c.out) + i * c.out_row + j * c.out_pixel;
       for (int b = 0; b < c.blocks; ++b) {
-        for (int v = 0; v < c.block; v += kLanes<acc_t<T>>) {
-          const int at = b * c.block + v;
+        for (int v = 0; v < kBlock<acc_t<T>>; v += kLanes<acc_t<T>>) {
+          const int at = b * kBlock<acc_t<T>> + v;
           conv_any_tile<T, cols.value>(c, row, col, at, c.weights + b * c.weights_step + v,
                                        c.init ? c.init + at : nullptr, out + at);
         }
@@ -398,29 +425,39 @@ inline void wgrad_tile(const WgradNhwc<acc_t<T>>& g, int first, int i, int j, in
   typedef WgradTile<kTaps> Tile;
   constexpr int L = kLanes<A>, kRows = Tile::kRows, kCols = Tile::kCols, kTapRows = Tile::kTapRows;
   const PixelsNhwc& x = g.x;
-  const T* const zeros = reinterpret_cast<const T*>(kZeros);
-  const T* dy = static_cast<const T*>(g.dy) + i * g.dy_row + at;
+  const ptrdiff_t x_row = x.row * sizeof(T), x_pixel = x.pixel * sizeof(T);
+  const ptrdiff_t dy_row = g.dy_row * sizeof(T), dy_pixel = g.dy_pixel * sizeof(T);
   const int row = x.first_row + i * kStep + first;
-  const T* in = static_cast<const T*>(x.data) + row * x.row + at;
   vec<A, L> acc[kTapRows][kTaps] = {};
   for (; j < j_end; j += kCols) {
     vec<A, L> d[kRows][kCols];
+    const T* dy = static_cast<const T*>(g.dy) + i * g.dy_row + j * g.dy_pixel + at;
+    const int cols = j_end - j;
 #pragma GCC unroll 8
     for (int t = 0; t < kRows; ++t) {
+      keep_pointer(dy);
 #pragma GCC unroll 8
       for (int q = 0; q < kCols; ++q) {
-        d[t][q] = load<L>(i + t < g.rows && j + q < j_end ? dy + t * g.dy_row + (j + q) * g.dy_pixel : zeros);
+        if (i + t < g.rows && q < cols) d[t][q] = load<L>(bytes_on(dy, q * dy_pixel));
+        else d[t][q] = vec<A, L>{};
         keep_in_register(d[t][q]);
       }
+      dy = bytes_on(dy, dy_row);
     }
     const int col = x.first_col + j * kStep;
+    const T* in = static_cast<const T*>(x.data) + row * x.row + col * x.pixel + at;
+    const bool border = col < 0 || col + (kCols - 1) * kStep + kTaps > x.cols;
 #pragma GCC unroll 16
     for (int h = 0; h < (kRows - 1) * kStep + kTapRows; ++h) {
+      const T* pixels = in;
+      in = bytes_on(in, x_row);
+      keep_pointer(in);
       if (!inside(row + h, x.rows)) continue;
-      const RowOfPixels<T, true> pixels{in + h * x.row + col * x.pixel, x.pixel, col, x.cols};
 #pragma GCC unroll 32
       for (int k = 0; k < (kCols - 1) * kStep + kTaps; ++k) {
-        vec<A, L> pixel = load<L>(pixels[k]);
+        vec<A, L> pixel;
+        if (border && !inside(col + k, x.cols)) pixel = vec<A, L>{};
+        else pixel = load<L>(bytes_on(pixels, k * x_pixel));
         keep_in_register(pixel);
 #pragma GCC unroll 8
         for (int t = 0; t < kRows; ++t) {
@@ -438,7 +475,7 @@ inline void wgrad_tile(const WgradNhwc<acc_t<T>>& g, int first, int i, int j, in
 #pragma GCC unroll 8
   for (int r = 0; r < kTapRows; ++r) {
 #pragma GCC unroll 8
-    for (int s = 0; s < kTaps; ++s, dw += g.block) store<L>(dw, load<L>(dw) + acc[r][s]);
+    for (int s = 0; s < kTaps; ++s, dw += kBlock<acc_t<T>>) store<L>(dw, load<L>(dw) + acc[r][s]);
   }
 }
 
@@ -455,9 +492,9 @@ inline void for_wgrad(const WgradNhwc<acc_t<T>>& g, F&& f) {
     for (int k = 0; k < stretches; ++k) {
       const int j = g.cols * k / stretches, j_end = g.cols * (k + 1) / stretches;
       for (int b = 0; b < g.blocks; ++b) {
-        for (int v = 0; v < g.block; v += kLanes<acc_t<T>>) {
-          const int at = b * g.block + v;
-          if (kStep > 0 && v % kLine == 0) {
+        for (int v = 0; v < kBlock<acc_t<T>>; v += kLanes<acc_t<T>>) {
+          const int at = b * kBlock<acc_t<T>> + v;
+          if (kStep > 0 && at % kLine == 0) {
             prefetch<T>(dy, i + kRows, kRows, j, j_end - j, at);
             prefetch<T>(g.x, below, kRows * kStep, g.x.first_col + j * kStep, (j_end - j) * kStep, at);
           }
@@ -473,7 +510,7 @@ void wgrad_dense(const WgradNhwc<acc_t<T>>& args) {
   typedef WgradTile<kTaps> Tile;
   const WgradNhwc<acc_t<T>> g = args;
   for_wgrad<T, Tile::kRows, kStep>(g, [&](int i, int j, int j_end, int at, acc_t<T>* dw) {
-    for (int r = 0; r < g.tap_rows; r += Tile::kTapRows, dw += Tile::kTapRows * kTaps * g.block) {
+    for (int r = 0; r < g.tap_rows; r += Tile::kTapRows, dw += Tile::kTapRows * kTaps * kBlock<acc_t<T>>) {
       wgrad_tile<T, kTaps, kStep>(g, r, i, j, j_end, at, dw);
     }
   });
@@ -503,7 +540,7 @@ inline void wgrad_any_taps(const WgradNhwc<acc_t<T>>& g, int first, int i, int j
     }
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < kTaps; ++t, dw += g.block) store<L>(dw, load<L>(dw) + acc[t]);
+  for (int t = 0; t < kTaps; ++t, dw += kBlock<acc_t<T>>) store<L>(dw, load<L>(dw) + acc[t]);
 }
 
 template <class T>
@@ -512,8 +549,8 @@ void wgrad_any(const WgradNhwc<acc_t<T>>& args) {
   const int count = g.tap_rows * g.tap_cols;
   for_wgrad<T, 1, 0>(g, [&](int i, int j, int j_end, int at, acc_t<T>* dw) {
     int t = 0;
-    for (; t + 8 <= count; t += 8, dw += 8 * g.block) wgrad_any_taps<T, 8>(g, t, i, j, j_end, at, dw);
-    for (; t < count; ++t, dw += g.block) wgrad_any_taps<T, 1>(g, t, i, j, j_end, at, dw);
+    for (; t + 8 <= count; t += 8, dw += 8 * kBlock<acc_t<T>>) wgrad_any_taps<T, 8>(g, t, i, j, j_end, at, dw);
+    for (; t < count; ++t, dw += kBlock<acc_t<T>>) wgrad_any_taps<T, 1>(g, t, i, j, j_end, at, dw);
   });
 }
 

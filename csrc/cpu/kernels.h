@@ -8,7 +8,11 @@
 
 namespace xsep::cpu {
 
-// u = relu(scale * (x - center) + shift); applies if `any`.  NHWC: `block` numbers each.  NCHW: one number each.
+// Channels of a block, neighbours in filters, sums and staged tiles: a cache line of the accumulation type.
+template <class A>
+constexpr int kBlock = 64 / static_cast<int>(sizeof(A));
+
+// u = relu(scale * (x - center) + shift); applies if `any`.  NHWC: kBlock numbers each.  NCHW: one number each.
 template <class A>
 struct Affine {
   bool any, relu;
@@ -22,11 +26,11 @@ struct AffineGrad {
   Affine<A> affine;
   const void* x;
   ptrdiff_t x_row, x_pixel;
-  A *dscale, *dshift;  // NHWC: `block` numbers each.  NCHW: one number each.  Null: not wanted.
+  A *dscale, *dshift;  // NHWC: kBlock numbers each.  NCHW: one number each.  Null: not wanted.
 };
 
-// NHWC: pixels of `block` neighbouring channels, a cache line or two, of which the tensor has `lanes`.  The arithmetic
-// reads either several blocks of the tensor itself or a staged tile of one: [rows][cols][block] of A, zeros where the
+// NHWC: pixels of kBlock neighbouring channels, of which the tensor has `lanes`.  The arithmetic
+// reads either several blocks of the tensor itself or a staged tile of one: [rows][cols][kBlock] of A, zeros where the
 // tensor ends.  Filters and sums are kept per block.
 
 template <class A>
@@ -35,7 +39,7 @@ struct StageNhwc {
   ptrdiff_t row, pixel, lane;          // strides of src in elements
   int rows, cols;                      // of the tile
   int row_lo, row_hi, col_lo, col_hi;  // window of the tile that the tensor covers; zeros elsewhere
-  int lanes, block;
+  int lanes;
   Affine<A> affine;
   A* tile;
 };
@@ -54,12 +58,12 @@ template <class A>
 struct ConvNhwc {
   PixelsNhwc in;
   int tap_rows, tap_cols;
-  const A* weights;           // [tap_rows][tap_cols][block]
+  const A* weights;           // [tap_rows][tap_cols][kBlock]
   ptrdiff_t weights_step;     // from block to block
-  const A* init;              // [blocks][block]; null: out's own values, of type A
+  const A* init;              // [blocks][kBlock]; null: out's own values, of type A
   void* out;
   ptrdiff_t out_row, out_pixel;
-  int rows, cols, block, blocks;
+  int rows, cols, blocks;
   bool stream;  // out is aligned to cache lines and too large to stay in the caches
 };
 
@@ -70,18 +74,18 @@ struct WgradNhwc {
   int tap_rows, tap_cols;
   const void* dy;
   ptrdiff_t dy_row, dy_pixel;
-  int rows, cols, block, blocks;
-  A* dw;              // [tap_rows][tap_cols][block]
+  int rows, cols, blocks;
+  A* dw;              // [tap_rows][tap_cols][kBlock]
   ptrdiff_t dw_step;  // from block to block
   bool stream;        // x and dy do not fit into the caches
 };
 
 template <class A>
 struct StoreNhwc {
-  const A* tile;  // [rows][cols][block]
+  const A* tile;  // [rows][cols][kBlock]
   void* dst;
   ptrdiff_t row, pixel, lane;  // strides of dst in elements
-  int rows, cols, lanes, block;
+  int rows, cols, lanes;
   AffineGrad<A> grad;
 };
 

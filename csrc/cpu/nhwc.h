@@ -16,7 +16,7 @@ class NhwcTile {
  public:
   NhwcTile(const Call<T>& call, Scratch<A>& scratch, const Item& item)
       : call_(call), s_(call.shape), plan_(call.plan), scratch_(scratch), image_(item.image), b_(item.block),
-        blocks_(item.blocks), block_(plan_.block), c0_(b_ * block_), lanes_(std::min(block_, s_.C - c0_)),
+        blocks_(item.blocks), c0_(b_ * block_), lanes_(std::min(block_, s_.C - c0_)),
         affine_(call.affine(b_)), direct_(!item.staged) {
     const Cut &rows = item.staged ? plan_.staged_rows : plan_.rows, &cols = plan_.cols;
     y_rows_ = rows.y(item.row_tile);
@@ -50,7 +50,7 @@ class NhwcTile {
     const Window h(rows, H), w(cols, W);
     const T* src = at<T>(t, image_, channel, rows.lo + h.lo, cols.lo + w.lo);
     call_.kernels.stage_nhwc({src, t.h, t.w, t.c * channel_step, rows.size(), cols.size(), h.lo, h.hi, w.lo, w.hi,
-                              lanes_, block_, affine, tile});
+                              lanes_, affine, tile});
   }
   void stage_x() { stage(call_.args.x, c0_, 1, s_.H, s_.W, x_rows_, x_cols_, affine_, scratch_.x); }
   void stage_dy(int m) {
@@ -85,12 +85,12 @@ class NhwcTile {
     const int rows = y_rows_.size(), cols = y_cols_.size();
     if (direct_) {
       call_.kernels.conv_nhwc({x_pixels(), s_.R, s_.S, weights, int64_t{plan_.taps} * block_, bias, dst, y.h, y.w, rows,
-                               cols, block_, blocks_, streams(dst, y)});
+                               cols, blocks_, streams(dst, y)});
       return;
     }
     call_.kernels.conv_staged_nhwc({x_pixels(), s_.R, s_.S, weights, 0, bias, scratch_.out, ptrdiff_t{cols} * block_,
-                                    block_, rows, cols, block_, 1, false});
-    call_.kernels.store_nhwc({scratch_.out, dst, y.h, y.w, s_.M, rows, cols, lanes_, block_, {}});
+                                    block_, rows, cols, 1, false});
+    call_.kernels.store_nhwc({scratch_.out, dst, y.h, y.w, s_.M, rows, cols, lanes_, {}});
   }
 
   // Positions of one residue modulo the stride are an ordinary convolution with the taps of that residue.
@@ -117,14 +117,14 @@ class NhwcTile {
       const TensorRef dx = dense<T>(call_.args.dx, true, s_.C, s_.H, s_.W);
       T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo + i, dx_cols_.lo + j));
       call_.kernels.conv_nhwc({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init, dst,
-                               s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, block_, blocks_,
+                               s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, blocks_,
                                streams(dst, dx)});
       return;
     }
     const ptrdiff_t row = ptrdiff_t{dx_cols_.size()} * block_;
     call_.kernels.conv_staged_nhwc({dy, tap_cols ? tap_rows : 0, tap_cols, weights, 0, init,
                                     scratch_.out + i * row + j * block_, s_.stride_h * row,
-                                    ptrdiff_t{s_.stride_w} * block_, out_rows, out_cols, block_, 1, false});
+                                    ptrdiff_t{s_.stride_w} * block_, out_rows, out_cols, 1, false});
   }
 
   void store_dx() {
@@ -138,7 +138,7 @@ class NhwcTile {
       grad = {affine_, at<T>(x, image_, c0_, dx_rows_.lo, dx_cols_.lo), x.h, x.w, sums, sums + block_};
     }
     call_.kernels.store_nhwc(
-        {scratch_.out, dst, dx.h, dx.w, 1, dx_rows_.size(), dx_cols_.size(), lanes_, block_, grad});
+        {scratch_.out, dst, dx.h, dx.w, 1, dx_rows_.size(), dx_cols_.size(), lanes_, grad});
   }
 
   void wgrad(int m) {
@@ -147,13 +147,13 @@ class NhwcTile {
     if (direct_) {
       const TensorRef& dy = call_.args.dy;
       call_.kernels.wgrad_nhwc({x_pixels(), s_.R, s_.S, at<T>(dy, image_, c0_, y_rows_.lo, y_cols_.lo), dy.h, dy.w,
-                                y_rows_.size(), y_cols_.size(), block_, blocks_, dw, plan_.sums_per_block, plan_.stream});
+                                y_rows_.size(), y_cols_.size(), blocks_, dw, plan_.sums_per_block, plan_.stream});
       return;
     }
     const ptrdiff_t row = ptrdiff_t{dy_cols_.size()} * block_;
     const A* dy = scratch_.dy + (y_rows_.lo - dy_rows_.lo) * row + ptrdiff_t{y_cols_.lo - dy_cols_.lo} * block_;
     call_.kernels.wgrad_staged_nhwc(
-        {x_pixels(), s_.R, s_.S, dy, row, block_, y_rows_.size(), y_cols_.size(), block_, 1, dw, 0, false});
+        {x_pixels(), s_.R, s_.S, dy, row, block_, y_rows_.size(), y_cols_.size(), 1, dw, 0, false});
   }
 
   const Call<T>& call_;
@@ -161,7 +161,8 @@ class NhwcTile {
   const Plan& plan_;
   Scratch<A>& scratch_;
   const int64_t image_;
-  const int b_, blocks_, block_, c0_, lanes_;
+  const int b_, blocks_, c0_, lanes_;
+  static constexpr int block_ = kBlock<A>;
   const Affine<A> affine_;
   const bool direct_;
   Span y_rows_{}, y_cols_{}, x_rows_{}, x_cols_{}, dy_rows_{}, dy_cols_{}, dx_rows_{}, dx_cols_{};

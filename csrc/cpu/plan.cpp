@@ -98,7 +98,7 @@ Plan::Plan(const DepthwiseArgs& args) {
   makes_dx = pass == Pass::kDgrad || pass == Pass::kDgradWgrad;
   makes_dw = pass == Pass::kWgrad || pass == Pass::kDgradWgrad;
 
-  block = !args.nhwc ? 1 : half ? 2 * line : line;  // a line of the tensor or of the tile, whichever is longer
+  block = args.nhwc ? line : 1;
   blocks = ceil_div(s.C, block);
   taps = s.M * s.R * s.S;
   rows = {{s.H, s.P(), s.R, s.stride_h, s.pad_top, s.dilation_h}, 1, pass};

@@ -94,7 +94,7 @@ struct Plan {
   int64_t items;  // of all images
   int threads;    // at most; fewer than asked for when there is little to do
 
-  int block;         // channels that lie together: a cache line or two of the accumulation type in NHWC, 1 in NCHW
+  int block;         // channels that lie together: kBlock in NHWC, 1 in NCHW
   int blocks;        // that cover C
   int whole_blocks;  // NHWC: of them, the first so many are read from and written to the tensors, not staged
   Cut staged_rows;   // the other blocks cut each tile of rows into bands that fit into a first-level cache

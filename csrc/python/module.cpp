@@ -6,7 +6,9 @@
 #include <array>
 #include <string>
 
+#include "../cpu/memory.h"
 #include "../depthwise.h"
+#include "dlpack.h"
 
 namespace py = pybind11;
 using namespace xsep;
@@ -64,6 +66,32 @@ struct DepthwiseCall {
   bool has_on_load = false;
 };
 
+struct Output {
+  explicit Output(int64_t bytes) : memory(cpu::allocate(bytes)), shape(bytes) {
+    if (!memory) throw std::bad_alloc();
+    managed.tensor = {memory, {}, 1, {1 /* unsigned integer */, 8, 1}, &shape, nullptr, 0};
+    managed.context = this;
+    managed.deleter = [](dlpack::ManagedTensor* self) { delete static_cast<Output*>(self->context); };
+  }
+  ~Output() { cpu::release(memory); }
+  Output(const Output&) = delete;
+
+  void* memory;
+  int64_t shape;
+  dlpack::ManagedTensor managed;
+};
+
+// A capsule with so many bytes of recycled memory, for torch.from_dlpack.
+py::object recycled(int64_t bytes) {
+  if (bytes < 1) throw std::invalid_argument("bytes must be at least 1; got " + std::to_string(bytes));
+  auto* output = new Output(bytes);
+  return py::reinterpret_steal<py::object>(PyCapsule_New(&output->managed, dlpack::kCapsule, [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, dlpack::kCapsule)) return;  // taken over
+    auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
+    managed->deleter(managed);
+  }));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -100,6 +128,12 @@ PYBIND11_MODULE(_C, m) {
     }
     throw std::invalid_argument("instruction set '" + name + "' cannot run here");
   }, py::arg("name"));
+  m.def("recycles", cpu::recycles);
+  m.def("recycled", recycled, py::arg("bytes"));
+  m.def("set_limit", cpu::set_limit, py::arg("bytes"));
+  m.def("waiting_bytes", cpu::waiting_bytes);
+  m.def("release_waiting", cpu::release_waiting);
+  m.attr("cuda") = XSEP_CUDA_SUMMARY;
   m.attr("compiler") = XSEP_COMPILER;
 #if defined(_OPENMP)
   m.attr("openmp") = true;
