@@ -1,7 +1,5 @@
-// One call of a pass with its memory: what the tile functions of the two layouts share.
+// One call of a pass with its memory: what its tiles share.
 #pragma once
-
-#include <vector>
 
 #include "plan.h"
 
@@ -31,11 +29,9 @@ struct Call {
 template <class A>
 struct Scratch {
   Scratch(const Plan& plan, A* memory)
-      : x(memory), dy(x + plan.x_tile), wgrad_dy(dy + (plan.scratch - plan.x_tile - plan.wgrad_dy_tile - plan.out_tile)),
-        out(wgrad_dy + plan.wgrad_dy_tile), sums(out + plan.out_tile) {}
+      : x(memory), dy(x + plan.x_tile), out(dy + plan.dy_tile), sums(out + plan.out_tile) {}
 
-  A *x, *dy, *wgrad_dy, *out, *sums;
-  std::vector<ptrdiff_t> taps;
+  A *x, *dy, *out, *sums;
 };
 
 struct Item {

@@ -14,8 +14,7 @@
 
 #include "call.h"
 #include "isa.h"
-#include "nchw.h"
-#include "nhwc.h"
+#include "tile.h"
 
 namespace xsep::cpu {
 namespace {
@@ -82,7 +81,7 @@ const Kernels<accumulate_t<T>>& kernels_for(const Isa& isa) {
 }
 
 // Rows are innermost, so that a tile finds its halo in the cache; then groups of channels, columns, images.
-template <class T, class Tile>
+template <class T>
 void run_item(const Call<T>& call, Scratch<accumulate_t<T>>& scratch, int64_t i) {
   const Plan& plan = call.plan;
   const int row_tile = static_cast<int>(i % plan.rows.tiles), group = static_cast<int>(i / plan.rows.tiles % plan.groups);
@@ -92,17 +91,17 @@ void run_item(const Call<T>& call, Scratch<accumulate_t<T>>& scratch, int64_t i)
   int block = plan.first_block(group);
   const int end = plan.first_block(group + 1), whole_end = std::min(end, plan.whole_blocks);
   if (block < whole_end) {
-    Tile(call, scratch, {image, row_tile, col_tile, block, whole_end - block, false}).run();
+    Tile<T>(call, scratch, {image, row_tile, col_tile, block, whole_end - block, false}).run();
     block = whole_end;
   }
   for (; block < end; ++block) {
     for (int band = 0; band < plan.bands; ++band) {
-      Tile(call, scratch, {image, row_tile * plan.bands + band, col_tile, block, 1, true}).run();
+      Tile<T>(call, scratch, {image, row_tile * plan.bands + band, col_tile, block, 1, true}).run();
     }
   }
 }
 
-template <class T, class Tile>
+template <class T>
 void run(const DepthwiseArgs& args, const Plan& plan) {
   using A = accumulate_t<T>;
   A* const shared = static_cast<A*>(args.workspace);
@@ -131,7 +130,7 @@ void run(const DepthwiseArgs& args, const Plan& plan) {
     std::memset(scratch.sums, 0, plan.sums * sizeof(A));
     barrier();
 
-    for (int64_t i = share(plan.items, thread); i < share(plan.items, thread + 1); ++i) run_item<T, Tile>(call, scratch, i);
+    for (int64_t i = share(plan.items, thread); i < share(plan.items, thread + 1); ++i) run_item<T>(call, scratch, i);
     if (plan.makes_dw) {
       barrier();
       const A* sums = per_thread + plan.scratch;
@@ -154,8 +153,7 @@ void depthwise(const DepthwiseArgs& args) {
   const Plan plan(args);
   with_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    if (args.nhwc) run<T, NhwcTile<T>>(args, plan);
-    else run<T, NchwTile<T>>(args, plan);
+    run<T>(args, plan);
   });
 }
 

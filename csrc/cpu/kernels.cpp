@@ -1,9 +1,10 @@
 // The arithmetic on tiles, from one source for every instruction set: CMake compiles this file once per set, with
 // XSEP_ISA naming the namespace and flags choosing the vectors.  See kernels.h for what each function computes.
 //
-// Cost model (cycles per vector of outputs, 3x3): NHWC 9 FMA, about 5 loads from L1 and one store, since a register tile
-// of 8 outputs uses each staged pixel for 3 of them; NCHW 9 FMA with a (mostly line-crossing) load each.  Staging adds a
-// load and a store per vector of input.  Tensors beyond the last-level cache are bound by DRAM, not by this.
+// Cost model, in cycles per vector of 3x3 outputs where a multiply-add takes one: 9 multiply-adds; 4.5 loads from the
+// first-level cache (36 pixels and 36 weights for 16 outputs) beside them; 2.5 lines from the second level.  Staging an
+// NCHW tile adds a load, four shuffles and a store, and storing it as much.  Tensors beyond the last-level cache are bound
+// by memory: rows are prefetched, and lines that are written whole go past the caches.
 
 #if defined(__x86_64__)
 #include <immintrin.h>  // only always_inline functions, so nothing leaks into other objects
@@ -38,17 +39,6 @@ inline void for_lanes(int n, F&& f, int i = 0) {
   }
 }
 
-// The same with the last vector moved back to end at n, so that some elements come twice: for idempotent copies.
-template <int L, class F>
-inline void for_lanes_overlapping(int n, F&& f) {
-  if constexpr (L > 1) {
-    if (n < L) return for_lanes_overlapping<L / 2>(n, f);
-  }
-  int i = 0;
-  for (; i + L <= n; i += L) f(constant<L>{}, i);
-  if (i < n) f(constant<L>{}, n - L);
-}
-
 template <int L, class A>
 inline vec<A, L> relu(vec<A, L> v) {
   return v <= A{0} ? vec<A, L>{} : v;  // NaN stays
@@ -77,7 +67,7 @@ inline void zero(A* p, ptrdiff_t count) {
 // NHWC ---------------------------------------------------------------------------------------------------------------
 
 template <class T>
-void stage_nhwc(const StageNhwc<acc_t<T>>& s) {
+void stage_nhwc(const Stage<acc_t<T>>& s) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
   for (int i = 0; i < s.rows; ++i) {
@@ -116,7 +106,7 @@ void stage_nhwc(const StageNhwc<acc_t<T>>& s) {
 
 // A row of du becomes dx, and is summed in registers before it joins the sums of the rows above: short sums are exact.
 template <int L, class T>
-inline void store_affine_row(const StoreNhwc<acc_t<T>>& s, const acc_t<T>* src, T* dst, const T* x, int c) {
+inline void store_affine_row(const Store<acc_t<T>>& s, const acc_t<T>* src, T* dst, const T* x, int c) {
   typedef acc_t<T> A;
   const AffineGrad<A>& g = s.grad;
   const vec<A, L> center = load<L>(g.affine.center + c), scale = load<L>(g.affine.scale + c);
@@ -134,7 +124,7 @@ inline void store_affine_row(const StoreNhwc<acc_t<T>>& s, const acc_t<T>* src, 
 }
 
 template <class T>
-void store_nhwc(const StoreNhwc<acc_t<T>>& s) {
+void store_nhwc(const Store<acc_t<T>>& s) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
   for (int i = 0; i < s.rows; ++i) {
@@ -208,7 +198,7 @@ inline T* bytes_on(T* p, ptrdiff_t bytes) {
 // kSquare: a whole tile and a square filter, so that which taps a row of pixels meets is known in advance.
 // kBorder: some columns of pixels may not exist.
 template <class T, int kTaps, int kStep, int kCols, bool kSquare, bool kBorder>
-inline void conv_tile(const ConvNhwc<acc_t<T>>& c, const T* in, int row, int col, int rows, const acc_t<T>* w,
+inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, int rows, const acc_t<T>* w,
                       const acc_t<T>* init, T* out) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>, kPixels = (kCols - 1) * kStep + kTaps, kRows = ConvTile<kTaps, kStep>::kRows;
@@ -288,7 +278,7 @@ inline void conv_tile(const ConvNhwc<acc_t<T>>& c, const T* in, int row, int col
 // Asks for `rows` x `cols` pixels that the rows below will need, as far as they exist, to come into the second-level
 // cache: channels lie apart by the pixel, which hardware prefetchers do not follow well.
 template <class T>
-inline void prefetch(const PixelsNhwc& x, int row, int rows, int col, int cols, int at) {
+inline void prefetch(const Pixels& x, int row, int rows, int col, int cols, int at) {
   const int row_end = row + rows < x.rows ? row + rows : x.rows, col_end = col + cols < x.cols ? col + cols : x.cols;
   for (int h = row; h < row_end; ++h) {
     for (int k = col < 0 ? 0 : col; k < col_end; ++k) {
@@ -308,10 +298,10 @@ inline void for_columns(int n, bool overlap, F&& f) {
 }
 
 template <class T, int kTaps, int kStep>
-void conv_dense(const ConvNhwc<acc_t<T>>& args) {
+void conv_dense(const Conv<acc_t<T>>& args) {
   typedef acc_t<T> A;
   constexpr int kRows = ConvTile<kTaps, kStep>::kRows, kLine = 64 / sizeof(T);
-  const ConvNhwc<A> c = args;  // a copy, which no store through a pointer can be thought to change
+  const Conv<A> c = args;  // a copy, which no store through a pointer can be thought to change
   for (int i = 0; i < c.rows; i += kRows) {
     const int rows = kRows < c.rows - i ? kRows : c.rows - i, row = c.in.first_row + i * kStep;
     const int below = row + (rows - 1) * kStep + c.tap_rows;
@@ -344,14 +334,14 @@ void conv_dense(const ConvNhwc<acc_t<T>>& args) {
 
 // Any taps: four outputs of a row share a weight, and load their own pixels.
 template <class T, int kCols>
-inline void conv_any_tile(const ConvNhwc<acc_t<T>>& c, int row, int col, int at, const acc_t<T>* w,
+inline void conv_any_tile(const Conv<acc_t<T>>& c, int row, int col, int at, const acc_t<T>* w,
                           const acc_t<T>* init, T* out) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
   vec<A, L> acc[kCols];
 #pragma GCC unroll 8
   for (int q = 0; q < kCols; ++q) acc[q] = init ? load<L>(init) : load<L>(out + q * c.out_pixel);
-  const PixelsNhwc& x = c.in;
+  const Pixels& x = c.in;
   for (int r = 0; r < c.tap_rows; ++r) {
     const int h = row + r * x.tap_row;
     if (!inside(h, x.rows)) continue;
@@ -369,8 +359,8 @@ inline void conv_any_tile(const ConvNhwc<acc_t<T>>& c, int row, int col, int at,
 }
 
 template <class T>
-void conv_any(const ConvNhwc<acc_t<T>>& args) {
-  const ConvNhwc<acc_t<T>> c = args;
+void conv_any(const Conv<acc_t<T>>& args) {
+  const Conv<acc_t<T>> c = args;
   for (int i = 0; i < c.rows; ++i) {
     for_columns(c.cols, c.init != nullptr, [&](auto cols, int j) {
       const int row = c.in.first_row + i * c.in.step_row, col = c.in.first_col + j * c.in.step_col;
@@ -387,8 +377,8 @@ void conv_any(const ConvNhwc<acc_t<T>>& args) {
 }
 
 template <class T>
-void conv_nhwc(const ConvNhwc<acc_t<T>>& c) {
-  const PixelsNhwc& x = c.in;
+void conv(const Conv<acc_t<T>>& c) {
+  const Pixels& x = c.in;
   if (x.tap_row == 1 && x.tap_col == 1 && x.step_row == 1 && x.step_col == 1) {
     switch (c.tap_cols) {
       case 1: return conv_dense<T, 1, 1>(c);
@@ -420,11 +410,11 @@ struct WgradTile {
 // Adds to dw what rows [i, i + kRows) and columns [j, j_end) of dy give to the tap rows from `first` on.  Where dy ends
 // it is taken for zero: pixels of x are multiplied by that zero.
 template <class T, int kTaps, int kStep>
-inline void wgrad_tile(const WgradNhwc<acc_t<T>>& g, int first, int i, int j, int j_end, int at, acc_t<T>* dw) {
+inline void wgrad_tile(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_end, int at, acc_t<T>* dw) {
   typedef acc_t<T> A;
   typedef WgradTile<kTaps> Tile;
   constexpr int L = kLanes<A>, kRows = Tile::kRows, kCols = Tile::kCols, kTapRows = Tile::kTapRows;
-  const PixelsNhwc& x = g.x;
+  const Pixels& x = g.x;
   const ptrdiff_t x_row = x.row * sizeof(T), x_pixel = x.pixel * sizeof(T);
   const ptrdiff_t dy_row = g.dy_row * sizeof(T), dy_pixel = g.dy_pixel * sizeof(T);
   const int row = x.first_row + i * kStep + first;
@@ -483,10 +473,10 @@ inline void wgrad_tile(const WgradNhwc<acc_t<T>>& g, int first, int i, int j, in
 // then every channel of it, so that memory is walked in order.  Out of the caches a long stretch is best, since the sums
 // are loaded and stored for each; out of memory a short one, which fetches the channels of a pixel together.
 template <class T, int kRows, int kStep, class F>
-inline void for_wgrad(const WgradNhwc<acc_t<T>>& g, F&& f) {
+inline void for_wgrad(const Wgrad<acc_t<T>>& g, F&& f) {
   constexpr int kLine = 64 / sizeof(T);
   const int stretch = g.stream ? 4 : 20, stretches = (g.cols + stretch - 1) / stretch;
-  const PixelsNhwc dy{g.dy, g.dy_row, g.dy_pixel, g.rows, g.cols, 0, 0, 1, 1, 1, 1};
+  const Pixels dy{g.dy, g.dy_row, g.dy_pixel, g.rows, g.cols, 0, 0, 1, 1, 1, 1};
   for (int i = 0; i < g.rows; i += kRows) {
     const int below = g.x.first_row + (i + kRows - 1) * kStep + g.tap_rows;
     for (int k = 0; k < stretches; ++k) {
@@ -506,9 +496,9 @@ inline void for_wgrad(const WgradNhwc<acc_t<T>>& g, F&& f) {
 }
 
 template <class T, int kTaps, int kStep>
-void wgrad_dense(const WgradNhwc<acc_t<T>>& args) {
+void wgrad_dense(const Wgrad<acc_t<T>>& args) {
   typedef WgradTile<kTaps> Tile;
-  const WgradNhwc<acc_t<T>> g = args;
+  const Wgrad<acc_t<T>> g = args;
   for_wgrad<T, Tile::kRows, kStep>(g, [&](int i, int j, int j_end, int at, acc_t<T>* dw) {
     for (int r = 0; r < g.tap_rows; r += Tile::kTapRows, dw += Tile::kTapRows * kTaps * kBlock<acc_t<T>>) {
       wgrad_tile<T, kTaps, kStep>(g, r, i, j, j_end, at, dw);
@@ -518,10 +508,10 @@ void wgrad_dense(const WgradNhwc<acc_t<T>>& args) {
 
 // Any taps, eight at a time.
 template <class T, int kTaps>
-inline void wgrad_any_taps(const WgradNhwc<acc_t<T>>& g, int first, int i, int j, int j_end, int at, acc_t<T>* dw) {
+inline void wgrad_any_taps(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_end, int at, acc_t<T>* dw) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
-  const PixelsNhwc& x = g.x;
+  const Pixels& x = g.x;
   const T* dy = static_cast<const T*>(g.dy) + i * g.dy_row + at;
   vec<A, L> acc[kTaps] = {};
   int col[kTaps];
@@ -544,8 +534,8 @@ inline void wgrad_any_taps(const WgradNhwc<acc_t<T>>& g, int first, int i, int j
 }
 
 template <class T>
-void wgrad_any(const WgradNhwc<acc_t<T>>& args) {
-  const WgradNhwc<acc_t<T>> g = args;
+void wgrad_any(const Wgrad<acc_t<T>>& args) {
+  const Wgrad<acc_t<T>> g = args;
   const int count = g.tap_rows * g.tap_cols;
   for_wgrad<T, 1, 0>(g, [&](int i, int j, int j_end, int at, acc_t<T>* dw) {
     int t = 0;
@@ -555,8 +545,8 @@ void wgrad_any(const WgradNhwc<acc_t<T>>& args) {
 }
 
 template <class T>
-void wgrad_nhwc(const WgradNhwc<acc_t<T>>& g) {
-  const PixelsNhwc& x = g.x;
+void wgrad(const Wgrad<acc_t<T>>& g) {
+  const Pixels& x = g.x;
   if (x.tap_row == 1 && x.tap_col == 1 && x.step_row == x.step_col && g.tap_rows == g.tap_cols) {
     if (x.step_col == 1) {
       switch (g.tap_cols) {
@@ -575,8 +565,6 @@ void wgrad_nhwc(const WgradNhwc<acc_t<T>>& g) {
   wgrad_any<T>(g);
 }
 
-// NCHW ---------------------------------------------------------------------------------------------------------------
-
 template <int L, class A>
 struct index_of {
   typedef vec<i32, L> type;
@@ -586,183 +574,163 @@ struct index_of<L, double> {
   typedef vec<long long, L> type;
 };
 
-// 2L neighbours in memory order <-> their L even and L odd elements.
-template <class A, int L>
-inline void split(vec<A, L> a, vec<A, L> b, vec<A, L>& even, vec<A, L>& odd) {
-  typename index_of<L, A>::type pick;
-  for (int i = 0; i < L; ++i) pick[i] = 2 * i;
+// NCHW ---------------------------------------------------------------------------------------------------------------
+
+// v[i][j] becomes v[j][i]: exchanges the off-diagonal halves of every 2w x 2w block, for w = 1, 2, 4, ...
+template <int L, class A, int w = 1>
+inline void transpose(vec<A, L>* v) {
+  if constexpr (w < L) {
+    typename index_of<L, A>::type low, high;
+    for (int k = 0; k < L; ++k) {
+      low[k] = k & w ? L + k - w : k;
+      high[k] = k & w ? L + k : k + w;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) {
+      if (i & w) continue;
+      const vec<A, L> a = v[i], b = v[i + w];
 #if defined(__clang__)
-  for (int i = 0; i < L; ++i) {
-    const int k = 2 * i % L;
-    even[i] = 2 * i < L ? a[k] : b[k];
-    odd[i] = 2 * i < L ? a[k + 1] : b[k + 1];
-  }
+      for (int k = 0; k < L; ++k) {
+        v[i][k] = k & w ? b[k - w] : a[k];
+        v[i + w][k] = k & w ? b[k] : a[k + w];
+      }
 #else
-  even = __builtin_shuffle(a, b, pick);
-  odd = __builtin_shuffle(a, b, pick + 1);
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + w] = __builtin_shuffle(a, b, high);
 #endif
-}
-template <class A, int L>
-inline void merge(vec<A, L> even, vec<A, L> odd, vec<A, L>& a, vec<A, L>& b) {
-  typename index_of<L, A>::type pick;
-  for (int i = 0; i < L; ++i) pick[i] = i / 2 + i % 2 * L;
-#if defined(__clang__)
-  for (int i = 0; i < L; ++i) {
-    a[i] = i % 2 ? odd[i / 2] : even[i / 2];
-    b[i] = i % 2 ? odd[L / 2 + i / 2] : even[L / 2 + i / 2];
+    }
+    transpose<L, A, 2 * w>(v);
   }
-#else
-  a = __builtin_shuffle(even, odd, pick);
-  b = __builtin_shuffle(even, odd, pick + L / 2);
-#endif
 }
 
+// f(constant<n>, element offset, row, column) over an NCHW window of rows x cols pixels, n of them at a time; those of
+// `dense` rows follow each other in memory, so that small images fill whole vectors.  `overlap`: some pixels may come twice.
+template <int L, class F>
+inline void for_pixels(int rows, int cols, ptrdiff_t row, bool dense, bool overlap, F&& f) {
+  const int runs = dense ? 1 : rows, length = dense ? rows * cols : cols;
+  for (int i = 0; i < runs; ++i) {
+    const auto at = [&](auto n, int k) { f(n, i * row + k, dense ? k / cols : i, dense ? k % cols : k); };
+    int k = 0;
+    for (; k + L <= length; k += L) at(constant<L>{}, k);
+    if (k < length && overlap && length > L) at(constant<L>{}, length - L);
+    else for (; k < length; ++k) at(constant<1>{}, k);
+  }
+}
+
+// A walk over the pixels of a window that lies in a tile.
+struct Walk {
+  int col, cols;
+  ptrdiff_t skip;  // from the end of a row to the next
+  ptrdiff_t at;
+
+  void step(int block) {
+    at += block;
+    if (++col == cols) col = 0, at += skip;
+  }
+};
+
 template <class T>
-void stage_nchw(const StageNchw<acc_t<T>>& s) {
+void stage_nchw(const Stage<acc_t<T>>& s) {
   typedef acc_t<T> A;
-  constexpr int L = kLanes<A>;
-  zero(s.tile, s.size);
-  if (s.col_lo >= s.col_hi) return;
+  constexpr int L = kLanes<A>, B = kBlock<A>;
+  const ptrdiff_t tile_row = ptrdiff_t{s.cols} * B;
   const int cols = s.col_hi - s.col_lo;
-  const auto get = [&](auto l, const T* p) {
-    constexpr int n = l.value;
-    const vec<A, n> x = load<n>(p);
-    if (!s.affine.any) return x;
-    return apply<n, A>(s.affine, x, broadcast<n>(*s.affine.center), broadcast<n>(*s.affine.scale),
-                       broadcast<n>(*s.affine.shift));
-  };
-  for (int i = s.row_lo; i < s.row_hi; ++i) {
-    const T* src = static_cast<const T*>(s.src) + (i - s.row_lo) * s.row;
-    A* dst = s.tile + i % s.stride_h * s.stride_w * s.plane + i / s.stride_h * s.pitch;
-    if (s.stride_w == 1) {
-      dst += s.col_lo;
-      for_lanes_overlapping<L>(cols, [&](auto l, int j) { store<l.value>(dst + j, get(l, src + j)); });
-      continue;
+  for (int i = 0; i < s.rows; ++i) {
+    A* dst = s.tile + i * tile_row;
+    if (i < s.row_lo || i >= s.row_hi || cols <= 0) {
+      zero(dst, tile_row);
+    } else {
+      zero(dst, ptrdiff_t{s.col_lo} * B);
+      zero(dst + ptrdiff_t{s.col_hi} * B, ptrdiff_t{s.cols - s.col_hi} * B);
     }
-    int j = 0;
-    const auto single = [&] {
-      const int col = s.col_lo + j;
-      store<1>(dst + col % s.stride_w * s.plane + col / s.stride_w, get(constant<1>{}, src + j));
-      ++j;
-    };
-    if (s.stride_w == 2) {
-      if (s.col_lo % 2) single();
-      for (; j + 2 * L <= cols; j += 2 * L) {
-        vec<A, L> even, odd;
-        split<A, L>(get(constant<L>{}, src + j), get(constant<L>{}, src + j + L), even, odd);
-        A* pair = dst + (s.col_lo + j) / 2;
-        store<L>(pair, even);
-        store<L>(pair + s.plane, odd);
+  }
+  if (cols <= 0) return;
+  A* const window = s.tile + s.row_lo * tile_row + ptrdiff_t{s.col_lo} * B;
+  for (int c = 0; c < B; c += L) {
+    const T* src = static_cast<const T*>(s.src) + c * s.lane;
+    const int lanes = s.lanes - c < L ? s.lanes - c : L;
+    for_pixels<L>(s.row_hi - s.row_lo, cols, s.row, s.row == cols, true, [&](auto count, ptrdiff_t at, int row, int col) {
+      constexpr int n = count.value;
+      Walk walk{col, cols, tile_row - ptrdiff_t{cols} * B, row * tile_row + ptrdiff_t{col} * B + c};
+      const auto get = [&](int i) {
+        const vec<A, n> x = load<n>(src + i * s.lane + at);
+        if (!s.affine.any) return x;
+        return apply<n, A>(s.affine, x, broadcast<n>(s.affine.center[c + i]), broadcast<n>(s.affine.scale[c + i]),
+                           broadcast<n>(s.affine.shift[c + i]));
+      };
+      if constexpr (n == 1) {
+        for (int i = 0; i < L; ++i) window[walk.at + i] = i < lanes ? get(i)[0] : A{0};
+      } else {
+        vec<A, L> v[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          if (i < lanes) v[i] = get(i);
+          else v[i] = vec<A, L>{};
+        }
+        transpose<L, A>(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          store<L>(window + walk.at, v[i]);
+          walk.step(B);
+        }
       }
-    }
-    while (j < cols) single();
+    });
   }
 }
 
 template <class T>
-void store_nchw(const StoreNchw<acc_t<T>>& s) {
+void store_nchw(const Store<acc_t<T>>& s) {
   typedef acc_t<T> A;
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, B = kBlock<A>;
   const AffineGrad<A>& g = s.grad;
-  A dscale = 0, dshift = 0;
-  for (int i = 0; i < s.rows; ++i) {
-    const A* src = s.tile + i * s.pitch;
-    T* dst = static_cast<T*>(s.dst) + i * s.row;
-    const T* x = static_cast<const T*>(g.x) + i * g.x_row;
-    const auto put = [&](auto l, int j, auto du) {
-      constexpr int n = l.value;
-      if (g.affine.any) {
-        const vec<A, n> value = load<n>(x + j), center = broadcast<n>(*g.affine.center);
-        const vec<A, n> scale = broadcast<n>(*g.affine.scale);
-        du = masked<n, A>(g.affine, du, value, center, scale, broadcast<n>(*g.affine.shift));
-        dscale += sum<n, A>(du * (value - center));
-        dshift += sum<n, A>(du);
-        du *= scale;
+  for (int c = 0; c < s.lanes; c += L) {
+    T* dst = static_cast<T*>(s.dst) + c * s.lane;
+    const T* x = static_cast<const T*>(g.x) + c * g.x_lane;
+    const int lanes = s.lanes - c < L ? s.lanes - c : L;
+    vec<A, L> dscale[L] = {}, dshift[L] = {};
+    const bool dense = s.row == s.cols && (!g.affine.any || g.x_row == s.cols);
+    for_pixels<L>(s.rows, s.cols, s.row, dense, !g.affine.any, [&](auto count, ptrdiff_t at, int row, int col) {
+      constexpr int n = count.value;
+      const A* src = s.tile + (ptrdiff_t{row} * s.cols + col) * B + c;  // rows of the tile follow each other
+      const auto put = [&](int i, vec<A, n> du) {
+        if (g.affine.any) {
+          const vec<A, n> value = load<n>(x + i * g.x_lane + row * g.x_row + col), center = broadcast<n>(g.affine.center[c + i]);
+          const vec<A, n> scale = broadcast<n>(g.affine.scale[c + i]);
+          du = masked<n, A>(g.affine, du, value, center, scale, broadcast<n>(g.affine.shift[c + i]));
+          const vec<A, n> by_scale = du * (value - center);
+          if constexpr (n == L) {
+            dscale[i] += by_scale, dshift[i] += du;
+          } else {
+            dscale[i][0] += by_scale[0], dshift[i][0] += du[0];
+          }
+          du *= scale;
+        }
+        store<n>(dst + i * s.lane + at, du);
+      };
+      if constexpr (n == 1) {
+        for (int i = 0; i < lanes; ++i) put(i, load<1>(src + i));
+      } else {
+        vec<A, L> v[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) v[i] = load<L>(src + i * B);
+        transpose<L, A>(v);
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) {
+          if (i < lanes) put(i, v[i]);
+        }
       }
-      store<n>(dst + j, du);
-    };
-    if (s.phases == 1) {
-      const auto copy = [&](auto l, int j) { put(l, j, load<l.value>(src + j)); };
-      if (g.affine.any) for_lanes<L>(s.cols, copy);
-      else for_lanes_overlapping<L>(s.cols, copy);
-      continue;
+    });
+    for (int i = 0; i < lanes && g.affine.any; ++i) {
+      if (g.dscale) g.dscale[c + i] += sum<L, A>(dscale[i]);
+      if (g.dshift) g.dshift[c + i] += sum<L, A>(dshift[i]);
     }
-    int j = 0;
-    if (s.phases == 2) {
-      for (; j + 2 * L <= s.cols; j += 2 * L) {
-        vec<A, L> a, b;
-        merge<A, L>(load<L>(src + j / 2), load<L>(src + s.plane + j / 2), a, b);
-        put(constant<L>{}, j, a);
-        put(constant<L>{}, j + L, b);
-      }
-    }
-    for (; j < s.cols; ++j) put(constant<1>{}, j, load<1>(src + j % s.phases * s.plane + j / s.phases));
   }
-  if (g.dscale) *g.dscale += dscale;
-  if (g.dshift) *g.dshift += dshift;
-}
-
-template <class A, int kVectors>
-inline void conv_vectors(const ConvNchw<A>& c, ptrdiff_t i) {
-  constexpr int L = kLanes<A>;
-  vec<A, L> acc[kVectors];
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) acc[v] = broadcast<L>(c.init);
-  for (int t = 0; t < c.tap_count; ++t) {
-    const vec<A, L> weight = broadcast<L>(c.weights[t]);
-    const A* x = c.tile + i + c.taps[t];
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) acc[v] += load<L>(x + v * L) * weight;
-  }
-#pragma GCC unroll 8
-  for (int v = 0; v < kVectors; ++v) store<L>(c.out + i + v * L, acc[v]);
-}
-
-template <class A>
-void conv_nchw(const ConvNchw<A>& c) {
-  constexpr int L = kLanes<A>;
-  ptrdiff_t i = 0;
-  for (; i + 8 * L <= c.count; i += 8 * L) conv_vectors<A, 8>(c, i);
-  if (i + 4 * L <= c.count) conv_vectors<A, 4>(c, i), i += 4 * L;
-  if (i + 2 * L <= c.count) conv_vectors<A, 2>(c, i), i += 2 * L;
-  for (; i < c.count; i += L) conv_vectors<A, 1>(c, i);
-}
-
-template <class A, int kTaps>
-inline void wgrad_group(const WgradNchw<A>& g, int first) {
-  constexpr int L = kLanes<A>;
-  vec<A, L> acc[kTaps] = {};
-  const A* x[kTaps];
-  for (int t = 0; t < kTaps; ++t) x[t] = g.x + g.taps[first + t];
-  const auto step = [&](ptrdiff_t i, vec<A, L> d) {
-#pragma GCC unroll 9
-    for (int t = 0; t < kTaps; ++t) acc[t] += load<L>(x[t] + i) * d;
-  };
-  ptrdiff_t i = 0;
-  for (; i + L <= g.count; i += L) step(i, load<L>(g.dy + i));
-  if (i < g.count) {  // what follows dy's last element is not zero
-    A last[L] = {};
-    __builtin_memcpy(last, g.dy + i, (g.count - i) * sizeof(A));
-    step(i, load<L>(last));
-  }
-#pragma GCC unroll 9
-  for (int t = 0; t < kTaps; ++t) g.dw[first + t] += sum<L, A>(acc[t]);
-}
-
-template <class A>
-void wgrad_nchw(const WgradNchw<A>& g) {
-  int t = 0;
-  for (; t + 9 <= g.tap_count; t += 9) wgrad_group<A, 9>(g, t);
-  if (t + 8 <= g.tap_count) wgrad_group<A, 8>(g, t), t += 8;
-  if (t + 4 <= g.tap_count) wgrad_group<A, 4>(g, t), t += 4;
-  for (; t < g.tap_count; ++t) wgrad_group<A, 1>(g, t);
 }
 
 template <class T>
 constexpr Kernels<acc_t<T>> kernels_of() {
   typedef acc_t<T> A;
-  return {stage_nhwc<T>, store_nhwc<T>, conv_nhwc<T>,  conv_nhwc<A>,  wgrad_nhwc<T>,
-          wgrad_nhwc<A>, stage_nchw<T>, store_nchw<T>, conv_nchw<A>, wgrad_nchw<A>};
+  return {stage_nhwc<T>, stage_nchw<T>, conv<T>, conv<A>, wgrad<T>, wgrad<A>, store_nhwc<T>, store_nchw<T>};
 }
 
 #define XSEP_STRING_(x) #x

@@ -1,18 +1,18 @@
 #include "plan.h"
+#include <cstdlib>
 
 namespace xsep::cpu {
 namespace {
 
-constexpr int64_t kStagedBytes = 32 * 1024;    // of a tile: what a first-level cache holds
+const int64_t kStagedBytes = (getenv("XT") ? atoi(getenv("XT")) : 128) * 1024;   // of a tile
 constexpr int64_t kMacsPerThread = 64 * 1024;  // about 3 us of work: less is not worth a thread
 constexpr int kItemsPerThread = 4;             // at least, so that threads end at about the same time
 
-// Of the tensor that a row of an NHWC tile reads, in cache lines.  Some ten rows of it, those in use and those asked for
+// Of an NHWC tensor that a row of a tile reads, in cache lines.  Some ten rows of it, those in use and those asked for
 // ahead, share a second-level cache; the fused backward goes over a tile of both tensors twice.
 constexpr int kRowLines = 1280, kFusedRowLines = 512;
 constexpr int kFusedRows = 8;
 constexpr int kGroupLines = 8;  // of a pixel, at least: memory likes long stretches
-constexpr int kMaxColsNchw = 1024;
 
 // Tensors above this many bytes do not stay in a last-level cache.
 constexpr int64_t kStreamBytes = 24 << 20;
@@ -49,9 +49,9 @@ int fewest(int limit, F&& fits) {
 }  // namespace
 
 // Tiles are as wide and as tall as the caches allow: a row of all channels is one stretch of memory.
-void Plan::cut_nhwc(const DepthwiseArgs& args) {
+void Plan::cut(const DepthwiseArgs& args) {
   const ConvShape& s = args.shape;
-  const bool direct = s.M == 1 && !args.on_load.any(), fused = args.pass == Pass::kDgradWgrad;
+  const bool direct = args.nhwc && s.M == 1 && !args.on_load.any(), fused = args.pass == Pass::kDgradWgrad;
   const int lines = makes_dw ? kFusedRowLines : kRowLines;
   whole_blocks = direct ? s.C / block : 0;
   cols.tiles = ceil_div(extent(cols), lines / kGroupLines);
@@ -71,23 +71,6 @@ void Plan::cut_nhwc(const DepthwiseArgs& args) {
   staged_rows.tiles = rows.tiles * bands;
 }
 
-// Vectors run along rows, so a tile is as wide as the image unless a few rows of it would not fit.
-void Plan::cut_nchw(const DepthwiseArgs& args) {
-  const int accumulator_bytes = args.dtype == Dtype::kFloat64 ? 8 : 4;
-  groups = blocks;
-  whole_blocks = 0;
-  cols.tiles = ceil_div(extent(cols), kMaxColsNchw);
-  const Extent col = largest(cols, reads_x, reads_dy);
-  rows.tiles = fewest(extent(rows), [&](int count) {
-    rows.tiles = count;
-    const Extent row = largest(rows, reads_x, reads_dy);
-    const int64_t x = int64_t{row.x} * col.x, dy = int64_t{row.dy} * col.dy * args.shape.M * (makes_dw ? 2 : 1);
-    return (x + dy) * accumulator_bytes <= kStagedBytes;
-  });
-  staged_rows = rows;
-  bands = 1;
-}
-
 Plan::Plan(const DepthwiseArgs& args) {
   const ConvShape& s = args.shape;
   const bool half = args.dtype == Dtype::kFloat16 || args.dtype == Dtype::kBFloat16;
@@ -98,13 +81,12 @@ Plan::Plan(const DepthwiseArgs& args) {
   makes_dx = pass == Pass::kDgrad || pass == Pass::kDgradWgrad;
   makes_dw = pass == Pass::kWgrad || pass == Pass::kDgradWgrad;
 
-  block = args.nhwc ? line : 1;
+  block = line;
   blocks = ceil_div(s.C, block);
   taps = s.M * s.R * s.S;
   rows = {{s.H, s.P(), s.R, s.stride_h, s.pad_top, s.dilation_h}, 1, pass};
   cols = {{s.W, s.Q(), s.S, s.stride_w, s.pad_left, s.dilation_w}, 1, pass};
-  if (args.nhwc) cut_nhwc(args);
-  else cut_nchw(args);
+  cut(args);
   const Extent row = largest(staged_rows, reads_x, reads_dy), col = largest(cols, reads_x, reads_dy);
 
   items = int64_t{s.N} * rows.tiles * cols.tiles * groups;
@@ -127,29 +109,11 @@ Plan::Plan(const DepthwiseArgs& args) {
     for (int t = 0; t < taps; ++t) order.push_back(t);
   }
 
-  if (args.nhwc) {
-    const int staged = whole_blocks < blocks ? block : 0;
-    x_tile = int64_t{row.x} * col.x * staged;
-    dy_tile = int64_t{row.dy} * col.dy * staged;
-    wgrad_dy_tile = 0;
-    out_tile = makes_dx || pass == Pass::kFprop ? int64_t{row.out} * col.out * staged : 0;
-  } else {
-    // Split by the strides' residues, each part rounded up to whole rows and columns.
-    const int64_t pitch = ceil_div(col.x, s.stride_w);
-    x_tile = int64_t{s.stride_h} * s.stride_w * ceil_div(row.x, s.stride_h) * pitch + kSlack;
-    dy_tile = int64_t{row.dy} * col.dy + kSlack;
-    wgrad_dy_tile = makes_dw ? (row.dy + 1) * pitch + kSlack : 0;
-    out_tile = pass == Pass::kFprop ? row.out * pitch + kSlack
-               : makes_dx           ? s.stride_w * (ceil_div(row.out, s.stride_h) * int64_t{col.dy} + kSlack)
-                                    : 0;
-  }
-  if (!reads_x) x_tile = 0;
-  if (!makes_dx) dy_tile = args.nhwc && reads_dy ? dy_tile : 0;
-  x_tile = round_up(x_tile, line);
-  dy_tile = round_up(dy_tile, line);
-  wgrad_dy_tile = round_up(wgrad_dy_tile, line);
-  out_tile = round_up(out_tile, line);
-  scratch = x_tile + (args.nhwc ? 1 : s.M) * dy_tile + wgrad_dy_tile + out_tile;
+  const int staged = whole_blocks < blocks ? block : 0;
+  x_tile = round_up(int64_t{row.x} * col.x * staged, line);
+  dy_tile = round_up(int64_t{row.dy} * col.dy * staged, line);
+  out_tile = makes_dx || pass == Pass::kFprop ? round_up(int64_t{row.out} * col.out * staged, line) : 0;
+  scratch = x_tile + dy_tile + out_tile;
 
   packed_w = pass == Pass::kWgrad ? 0 : round_up(int64_t{blocks} * taps * block, line);
   packed_bias = round_up(int64_t{blocks} * s.M * block, line);

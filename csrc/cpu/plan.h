@@ -94,7 +94,7 @@ struct Plan {
   int64_t items;  // of all images
   int threads;    // at most; fewer than asked for when there is little to do
 
-  int block;         // channels that lie together: kBlock in NHWC, 1 in NCHW
+  int block;         // kBlock
   int blocks;        // that cover C
   int whole_blocks;  // NHWC: of them, the first so many are read from and written to the tensors, not staged
   Cut staged_rows;   // the other blocks cut each tile of rows into bands that fit into a first-level cache
@@ -108,7 +108,7 @@ struct Plan {
   std::vector<int> class_start;                    // position of [row residue][column residue] in `order`
 
   // Elements of the accumulation type, each region rounded up to a cache line.
-  int64_t x_tile, dy_tile, wgrad_dy_tile, out_tile;  // a thread's tiles; dy_tile is one of M
+  int64_t x_tile, dy_tile, out_tile;  // a thread's tiles
   int64_t scratch;                                   // their sum, per thread
   int64_t packed_w, packed_bias, packed_affine;      // shared
   int64_t sums;                                      // per thread: partial dw, then dscale and dshift, per block
@@ -120,8 +120,7 @@ struct Plan {
   int first_block(int group) const { return static_cast<int>(int64_t{blocks} * group / groups); }
 
  private:
-  void cut_nhwc(const DepthwiseArgs& args);
-  void cut_nchw(const DepthwiseArgs& args);
+  void cut(const DepthwiseArgs& args);
 };
 
 }  // namespace xsep::cpu

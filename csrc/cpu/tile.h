@@ -1,7 +1,7 @@
-// NHWC: a tile is some rows and columns of one image, `block` channels deep; vectors run along the channels.
+// A tile of one image: some rows and columns, `block_` channels deep, or many blocks in NHWC.  Vectors run along channels.
 //
-// Whole blocks are read from and written to the tensors directly.  A block that the channels do not fill, a channel
-// multiplier and a function on load go through a staged tile in the first-level cache.
+// Whole blocks of NHWC are read from and written to the tensors directly.  NCHW, a block that the channels do not fill, a
+// channel multiplier and a function on load go through staged tiles that fit into the nearest caches.
 // Bytes: x (or dy) once, plus the halo between tiles from the second-level cache; y (or dx) once.
 #pragma once
 
@@ -10,11 +10,11 @@
 namespace xsep::cpu {
 
 template <class T>
-class NhwcTile {
+class Tile {
   using A = accumulate_t<T>;
 
  public:
-  NhwcTile(const Call<T>& call, Scratch<A>& scratch, const Item& item)
+  Tile(const Call<T>& call, Scratch<A>& scratch, const Item& item)
       : call_(call), s_(call.shape), plan_(call.plan), scratch_(scratch), image_(item.image), b_(item.block),
         blocks_(item.blocks), c0_(b_ * block_), lanes_(std::min(block_, s_.C - c0_)),
         affine_(call.affine(b_)), direct_(!item.staged) {
@@ -49,7 +49,8 @@ class NhwcTile {
              const Affine<A>& affine, A* tile) {
     const Window h(rows, H), w(cols, W);
     const T* src = at<T>(t, image_, channel, rows.lo + h.lo, cols.lo + w.lo);
-    call_.kernels.stage_nhwc({src, t.h, t.w, t.c * channel_step, rows.size(), cols.size(), h.lo, h.hi, w.lo, w.hi,
+    const auto stage = call_.args.nhwc ? call_.kernels.stage_nhwc : call_.kernels.stage_nchw;
+    stage({src, t.h, t.w, t.c * channel_step, rows.size(), cols.size(), h.lo, h.hi, w.lo, w.hi,
                               lanes_, affine, tile});
   }
   void stage_x() { stage(call_.args.x, c0_, 1, s_.H, s_.W, x_rows_, x_cols_, affine_, scratch_.x); }
@@ -59,38 +60,40 @@ class NhwcTile {
 
   // An array of pixels, of the tensor or of the tile staged from `rows` x `cols` of it.  The outputs' first row and
   // column are in the tensor's coordinates.
-  PixelsNhwc pixels(const TensorRef& t, int H, int W, const A* tile, Span rows, Span cols, int first_row,
+  Pixels pixels(const TensorRef& t, int H, int W, const A* tile, Span rows, Span cols, int first_row,
                     int first_col) const {
     if (direct_) return {at<T>(t, image_, c0_, 0, 0), t.h, t.w, H, W, first_row, first_col, 1, 1, 1, 1};
     return {tile, ptrdiff_t{cols.size()} * block_, block_, rows.size(), cols.size(), first_row - rows.lo,
             first_col - cols.lo, 1, 1, 1, 1};
   }
-  PixelsNhwc x_pixels() const {
-    PixelsNhwc x = pixels(call_.args.x, s_.H, s_.W, scratch_.x, x_rows_, x_cols_,
+  Pixels x_pixels() const {
+    Pixels x = pixels(call_.args.x, s_.H, s_.W, scratch_.x, x_rows_, x_cols_,
                           y_rows_.lo * s_.stride_h - s_.pad_top, y_cols_.lo * s_.stride_w - s_.pad_left);
     x.step_row = s_.stride_h, x.step_col = s_.stride_w;
     x.tap_row = s_.dilation_h, x.tap_col = s_.dilation_w;
     return x;
   }
 
+  void store(const Store<A>& s) const { (call_.args.nhwc ? call_.kernels.store_nhwc : call_.kernels.store_nchw)(s); }
+
   bool streams(const T* dst, const TensorRef& out) const {
     return plan_.stream && reinterpret_cast<uintptr_t>(dst) % 64 == 0 && out.w * sizeof(T) % 64 == 0;
   }
 
   void fprop(int m) {
-    const TensorRef y = dense<T>(call_.args.y, true, s_.K(), s_.P(), s_.Q());
+    const TensorRef y = dense<T>(call_.args.y, call_.args.nhwc, s_.K(), s_.P(), s_.Q());
     T* dst = const_cast<T*>(at<T>(y, image_, int64_t{c0_} * s_.M + m, y_rows_.lo, y_cols_.lo));
     const A* weights = call_.packed_w + (int64_t{b_} * s_.M + m) * s_.R * s_.S * block_;
     const A* bias = call_.packed_bias + (int64_t{b_} * s_.M + m) * block_;
     const int rows = y_rows_.size(), cols = y_cols_.size();
     if (direct_) {
-      call_.kernels.conv_nhwc({x_pixels(), s_.R, s_.S, weights, int64_t{plan_.taps} * block_, bias, dst, y.h, y.w, rows,
+      call_.kernels.conv({x_pixels(), s_.R, s_.S, weights, int64_t{plan_.taps} * block_, bias, dst, y.h, y.w, rows,
                                cols, blocks_, streams(dst, y)});
       return;
     }
-    call_.kernels.conv_staged_nhwc({x_pixels(), s_.R, s_.S, weights, 0, bias, scratch_.out, ptrdiff_t{cols} * block_,
+    call_.kernels.conv_staged({x_pixels(), s_.R, s_.S, weights, 0, bias, scratch_.out, ptrdiff_t{cols} * block_,
                                     block_, rows, cols, 1, false});
-    call_.kernels.store_nhwc({scratch_.out, dst, y.h, y.w, s_.M, rows, cols, lanes_, {}});
+    store({scratch_.out, dst, y.h, y.w, y.c * s_.M, rows, cols, lanes_, {}});
   }
 
   // Positions of one residue modulo the stride are an ordinary convolution with the taps of that residue.
@@ -104,7 +107,7 @@ class NhwcTile {
     const int h = dx_rows_.lo + i + s_.pad_top, w = dx_cols_.lo + j + s_.pad_left;
     const int a = h % s_.stride_h, b = w % s_.stride_w;
     const TapClass &rows = plan_.row_classes[a], &cols = plan_.col_classes[b];
-    PixelsNhwc dy = pixels(call_.args.dy, s_.P(), s_.Q(), scratch_.dy, dy_rows_, dy_cols_, h / s_.stride_h + rows.first,
+    Pixels dy = pixels(call_.args.dy, s_.P(), s_.Q(), scratch_.dy, dy_rows_, dy_cols_, h / s_.stride_h + rows.first,
                            w / s_.stride_w + cols.first);
     dy.tap_row = rows.step, dy.tap_col = cols.step;
     const int tap_rows = static_cast<int>(rows.taps.size()), tap_cols = static_cast<int>(cols.taps.size());
@@ -114,31 +117,31 @@ class NhwcTile {
     const int out_rows = (dx_rows_.size() - i + s_.stride_h - 1) / s_.stride_h;
     const int out_cols = (dx_cols_.size() - j + s_.stride_w - 1) / s_.stride_w;
     if (direct_) {
-      const TensorRef dx = dense<T>(call_.args.dx, true, s_.C, s_.H, s_.W);
+      const TensorRef dx = dense<T>(call_.args.dx, call_.args.nhwc, s_.C, s_.H, s_.W);
       T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo + i, dx_cols_.lo + j));
-      call_.kernels.conv_nhwc({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init, dst,
+      call_.kernels.conv({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init, dst,
                                s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, blocks_,
                                streams(dst, dx)});
       return;
     }
     const ptrdiff_t row = ptrdiff_t{dx_cols_.size()} * block_;
-    call_.kernels.conv_staged_nhwc({dy, tap_cols ? tap_rows : 0, tap_cols, weights, 0, init,
+    call_.kernels.conv_staged({dy, tap_cols ? tap_rows : 0, tap_cols, weights, 0, init,
                                     scratch_.out + i * row + j * block_, s_.stride_h * row,
                                     ptrdiff_t{s_.stride_w} * block_, out_rows, out_cols, 1, false});
   }
 
   void store_dx() {
     if (dx_rows_.size() == 0 || dx_cols_.size() == 0) return;
-    const TensorRef dx = dense<T>(call_.args.dx, true, s_.C, s_.H, s_.W);
+    const TensorRef dx = dense<T>(call_.args.dx, call_.args.nhwc, s_.C, s_.H, s_.W);
     T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo, dx_cols_.lo));
-    AffineGrad<A> grad{affine_, nullptr, 0, 0, nullptr, nullptr};
+    AffineGrad<A> grad{affine_, nullptr, 0, 0, 0, nullptr, nullptr};
     if (affine_.any) {
       const TensorRef& x = call_.args.x;
       A* sums = scratch_.sums + b_ * plan_.sums_per_block + int64_t{plan_.taps} * block_;
-      grad = {affine_, at<T>(x, image_, c0_, dx_rows_.lo, dx_cols_.lo), x.h, x.w, sums, sums + block_};
+      grad = {affine_, at<T>(x, image_, c0_, dx_rows_.lo, dx_cols_.lo), x.h, x.w, x.c, sums, sums + block_};
     }
-    call_.kernels.store_nhwc(
-        {scratch_.out, dst, dx.h, dx.w, 1, dx_rows_.size(), dx_cols_.size(), lanes_, grad});
+    store(
+        {scratch_.out, dst, dx.h, dx.w, dx.c, dx_rows_.size(), dx_cols_.size(), lanes_, grad});
   }
 
   void wgrad(int m) {
@@ -146,13 +149,13 @@ class NhwcTile {
     A* dw = scratch_.sums + b_ * plan_.sums_per_block + int64_t{m} * s_.R * s_.S * block_;
     if (direct_) {
       const TensorRef& dy = call_.args.dy;
-      call_.kernels.wgrad_nhwc({x_pixels(), s_.R, s_.S, at<T>(dy, image_, c0_, y_rows_.lo, y_cols_.lo), dy.h, dy.w,
+      call_.kernels.wgrad({x_pixels(), s_.R, s_.S, at<T>(dy, image_, c0_, y_rows_.lo, y_cols_.lo), dy.h, dy.w,
                                 y_rows_.size(), y_cols_.size(), blocks_, dw, plan_.sums_per_block, plan_.stream});
       return;
     }
     const ptrdiff_t row = ptrdiff_t{dy_cols_.size()} * block_;
     const A* dy = scratch_.dy + (y_rows_.lo - dy_rows_.lo) * row + ptrdiff_t{y_cols_.lo - dy_cols_.lo} * block_;
-    call_.kernels.wgrad_staged_nhwc(
+    call_.kernels.wgrad_staged(
         {x_pixels(), s_.R, s_.S, dy, row, block_, y_rows_.size(), y_cols_.size(), 1, dw, 0, false});
   }
 
