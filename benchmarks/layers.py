@@ -174,31 +174,35 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse()
-    dtype = common.DTYPES[args.dtype]
+def measure_all(
+    networks: list[str],
+    batch_sizes: list[int],
+    layouts: list[str],
+    passes: tuple[str, ...] = PASSES,
+    dtype: torch.dtype = torch.float32,
+    samples: int = 11,
+    max_seconds: float = 1.5,
+) -> list[dict]:
+    """Checks, times and prints every row; the numerics of a layer are checked before its first timing."""
     copy = common.copy_bandwidth()
-    found = common.header(
-        dtype=args.dtype,
-        **{"copy bandwidth": f"{copy / 1e9:.1f} GB/s", "last-level cache": f"{common.last_level_cache() >> 20} MB"},
-    )
-    common.print_header(found)
+    cache = common.last_level_cache()
+    print(f"copy bandwidth {copy / 1e9:.1f} GB/s, last-level cache {cache >> 20} MB\n")
+    print(f"{'':62s} {'ms':>9s} {'torch ms':>9s} {'spread':>6s} {'GB/s':>6s} {'of copy':>7s} {'ratio':>6s}")
     work = [
         (network, shape._replace(N=batch), layout, name)
-        for network in args.networks
+        for network in networks
         for shape in NETWORKS[network]
-        for layout in args.layouts
-        for name in args.passes
-        for batch in args.batch_sizes
+        for layout in layouts
+        for name in passes
+        for batch in batch_sizes
     ]
-    print(f"{'':62s} {'ms':>9s} {'torch ms':>9s} {'spread':>6s} {'GB/s':>6s} {'of copy':>7s} {'ratio':>6s}")
     rows = []
     with torch.no_grad(), xsep.backend("cpu"), tqdm(work, unit="row", disable=None) as progress:
         for network, shape, layout, name in progress:
-            if shape.N == args.batch_sizes[0]:
+            if shape.N == batch_sizes[0]:
                 check(shape, name, dtype, layout)
             x, w, dy = tensors(shape, dtype, layout)
-            measured = common.interleaved(calls(shape, name, x, w, dy), args.samples, 2e-3, args.max_seconds)
+            measured = common.interleaved(calls(shape, name, x, w, dy), samples, 2e-3, max_seconds)
             ours, theirs = measured["xsep"], measured["torch"]
             moved = moved_bytes(name, x, w, dy)
             row = {
@@ -218,7 +222,7 @@ def main() -> None:
                 "bytes": moved,
                 "gb_per_s": moved / ours.median / 1e9,
                 "of_copy": moved / ours.median / copy,
-                "beyond_cache": moved > common.last_level_cache(),
+                "beyond_cache": moved > cache,
                 "ratio": theirs.median / ours.median,
             }
             rows.append(row)
@@ -228,6 +232,22 @@ def main() -> None:
             )
     print()
     print("\n".join(summary(rows)))
+    return rows
+
+
+def main() -> None:
+    args = parse()
+    found = common.header(dtype=args.dtype)
+    common.print_header(found)
+    rows = measure_all(
+        args.networks,
+        args.batch_sizes,
+        args.layouts,
+        tuple(args.passes),
+        common.DTYPES[args.dtype],
+        args.samples,
+        args.max_seconds,
+    )
     if args.results_file:
         common.write_results(args.results_file, args.results_format, found, rows)
     if args.plot:

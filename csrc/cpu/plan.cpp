@@ -1,10 +1,10 @@
 #include "plan.h"
-#include <cstdlib>
 
 namespace xsep::cpu {
 namespace {
 
-const int64_t kStagedBytes = (getenv("XT") ? atoi(getenv("XT")) : 128) * 1024;   // of a tile
+// Of a tile of one tensor: a part of a second-level cache that leaves room for what streams through it.
+constexpr int64_t kStagedBytes = 96 * 1024;
 constexpr int64_t kMacsPerThread = 64 * 1024;  // about 3 us of work: less is not worth a thread
 constexpr int kItemsPerThread = 4;             // at least, so that threads end at about the same time
 
@@ -54,7 +54,7 @@ void Plan::cut(const DepthwiseArgs& args) {
   const bool direct = args.nhwc && s.M == 1 && !args.on_load.any(), fused = args.pass == Pass::kDgradWgrad;
   const int lines = makes_dw ? kFusedRowLines : kRowLines;
   whole_blocks = direct ? s.C / block : 0;
-  cols.tiles = ceil_div(extent(cols), lines / kGroupLines);
+  cols.tiles = ceil_div(extent(cols), (direct ? lines : kRowLines) / kGroupLines);
   groups = direct ? ceil_div(blocks, std::max(kGroupLines, lines / ceil_div(extent(cols), cols.tiles))) : blocks;
   rows.tiles = fused ? ceil_div(extent(rows), kFusedRows) : 1;
   const int64_t per_row = int64_t{s.N} * cols.tiles * groups, wanted = int64_t{kItemsPerThread} * args.threads;
@@ -66,7 +66,7 @@ void Plan::cut(const DepthwiseArgs& args) {
   bands = whole_blocks == blocks ? 1 : fewest(ceil_div(extent(rows), rows.tiles), [&](int count) {
     staged_rows.tiles = rows.tiles * count;
     const Extent row = largest(staged_rows, reads_x, reads_dy);
-    return (int64_t{row.x} * col.x + int64_t{row.dy} * col.dy) * block * 4 <= kStagedBytes;
+    return (int64_t{row.x} * col.x + int64_t{row.dy} * col.dy) * block * 4 <= kStagedBytes * (makes_dw ? 2 : 1);
   });
   staged_rows.tiles = rows.tiles * bands;
 }

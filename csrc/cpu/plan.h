@@ -97,7 +97,7 @@ struct Plan {
   int block;         // kBlock
   int blocks;        // that cover C
   int whole_blocks;  // NHWC: of them, the first so many are read from and written to the tensors, not staged
-  Cut staged_rows;   // the other blocks cut each tile of rows into bands that fit into a first-level cache
+  Cut staged_rows;   // the other blocks cut each tile of rows into bands that fit into the nearest caches
   int bands;         // per tile of rows
   int taps;          // M * R * S
   bool stream;       // the tensors do not fit into the caches

@@ -49,7 +49,8 @@ def _check_bias(x: Tensor, w: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"bias must have shape ({w.shape[0]},); got {tuple(bias.shape)}")
 
 
-def _fprop(x, w, bias, stride, pad, dilation):
+def fprop(x, w, bias, stride, pad, dilation):
+    """xsep::fprop's kernel for every device, below autograd and autocast."""
     check_same("input", x, "weight", w)
     if bias is not None:
         _check_bias(x, w, bias)
@@ -82,7 +83,7 @@ def _dgrad_wgrad(dy, x, w, stride, pad, dilation):
     return chosen.dgrad_wgrad(p, dy, x, w)
 
 
-for _name, _kernel in (("fprop", _fprop), ("dgrad", _dgrad), ("wgrad", _wgrad), ("dgrad_wgrad", _dgrad_wgrad)):
+for _name, _kernel in (("fprop", fprop), ("dgrad", _dgrad), ("wgrad", _wgrad), ("dgrad_wgrad", _dgrad_wgrad)):
     for _key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
         lib.impl(_name, _kernel, _key)
 
