@@ -22,7 +22,7 @@ def shipped() -> list[np.ndarray]:
 
 
 def folder(path: Path) -> list[np.ndarray]:
-    """The images of a folder and its subfolders, at most 256; ends the program if there is none or one is unreadable."""
+    """The images of a folder and its subfolders, at most 256; ends the program if there is none that it can read."""
     from PIL import Image, UnidentifiedImageError
 
     if not path.is_dir():

@@ -3,10 +3,10 @@
     python benchmarks/throughput.py                     # on CUDA if there is a GPU, else on the CPU; under two minutes
     python benchmarks/throughput.py --bench both --amp --torchcompile --results-file results/throughput.json
 
-A training step is forward, cross-entropy, backward and an SGD update on one batch of photographs.  The variants: "torch",
-the models on torch's own convolutions; "xsep", the same models with depthwise convolutions on xsep's kernels (Inception
-V3 has none, so for it xsep changes nothing: its two rows show the noise of the measurement); "compile" is torch's
-through torch.compile.  They take turns, so that a slow moment of the machine hits them all.
+A training step is forward, cross-entropy, backward and an SGD update on one batch of photographs.  The variants:
+"torch", the models on torch's own convolutions; "xsep", the same models with depthwise convolutions on xsep's kernels
+(Inception V3 has none, so for it xsep changes nothing: its two rows show the noise of the measurement); "compile" is
+torch's through torch.compile.  They take turns, so that a slow moment of the machine hits them all.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def check_numerics(args: argparse.Namespace) -> None:
 def print_backends(args: argparse.Namespace) -> None:
     """The backends that cannot run here, each with its reason."""
     dtype = args.amp_dtype if args.amp else torch.float32
-    problem = Problem(args.device, dtype, args.channels_last, (1, 728, 19, 19), (728, 1, 3, 3), (1, 1), (1,) * 4, (1, 1))
+    sizes = (1, 728, 19, 19), (728, 1, 3, 3)
+    problem = Problem(args.device, dtype, args.channels_last, *sizes, (1, 1), (1, 1, 1, 1), (1, 1))
     print(f"backend: {backends.choose(problem).name}")
     for name in backends.NAMES:
         reason = backends.BACKENDS[name].why_not(problem)
@@ -203,14 +204,15 @@ def measure(runs: list[Run], bench: str, args: argparse.Namespace) -> list[dict]
 def print_table(rows: list[dict], bench: str) -> None:
     print(f"\n{'training' if bench == 'train' else 'inference'}")
     print(
-        f"  {'model':13s} {'variant':8s} {'parameters':>11s} {'steps/s':>8s} {'images/s':>8s} {'ms':>8s} {'spread':>6s} "
-        f"{'peak MB':>8s} {'/ torch':>7s}"
+        f"  {'model':13s} {'variant':8s} {'parameters':>11s} {'steps/s':>8s} {'images/s':>8s} {'ms':>8s} "
+        f"{'spread':>6s} {'peak MB':>8s} {'/ torch':>7s}"
     )
     for row in rows:
         memory = "n/a" if row["peak_memory_mb"] is None else f"{row['peak_memory_mb']:.0f}"
         print(
             f"  {row['model']:13s} {row['variant']:8s} {row['parameters']:11,d} {row['steps_per_s']:8.3f} "
-            f"{row['images_per_s']:8.2f} {row['ms']:8.1f} {row['spread']:6.1%} {memory:>8s} {row['ratio_to_torch']:7.2f}"
+            f"{row['images_per_s']:8.2f} {row['ms']:8.1f} {row['spread']:6.1%} {memory:>8s} "
+            f"{row['ratio_to_torch']:7.2f}"
         )
     speeds = {(row["model"], row["variant"]): row["steps_per_s"] for row in rows}
     for variant in dict.fromkeys(row["variant"] for row in rows):
@@ -255,7 +257,9 @@ def parse() -> argparse.Namespace:
     add("--num-warm-iter", type=int, default=2, help="steps before timing, of each variant (default 2)")
     add("--num-bench-iter", type=int, default=5, help="timed steps of each variant (default 5)")
     add("--layers", action="store_true", help="also time each depthwise layer of Xception (see layers.py)")
-    add("--data", type=Path, metavar="DIR", help="a folder of photographs; default: those of scikit-image, scikit-learn")
+    add(
+        "--data", type=Path, metavar="DIR", help="a folder of photographs; default: those of scikit-image, scikit-learn"
+    )
     add("--synthetic", action="store_true", help="noise in place of photographs")
     add("--results-file", type=Path, help="written when done")
     add("--results-format", choices=("json", "csv"), default="json", help="default: json")

@@ -8,9 +8,9 @@
 namespace xsep {
 
 struct ConvShape {
-  int32_t N, C, H, W;             // x
-  int32_t R, S;                   // filter
-  int32_t M;                      // channel multiplier: filter c*M + m reads channel c
+  int32_t N, C, H, W;  // x
+  int32_t R, S;        // filter
+  int32_t M;           // channel multiplier: filter c*M + m reads channel c
   int32_t stride_h, stride_w;
   int32_t pad_top, pad_bottom, pad_left, pad_right;
   int32_t dilation_h, dilation_w;
@@ -29,13 +29,22 @@ inline void check(const ConvShape& s) {
     if (!fits) throw std::invalid_argument(std::string(name) + " must be " + rule + "; got " + std::to_string(value));
   };
   require(s.N >= 0, "N", s.N, "at least 0");
-  for (const auto& [name, value] : {std::pair{"C", s.C}, {"H", s.H}, {"W", s.W}, {"R", s.R}, {"S", s.S}, {"M", s.M},
-                                    {"stride_h", s.stride_h}, {"stride_w", s.stride_w},
-                                    {"dilation_h", s.dilation_h}, {"dilation_w", s.dilation_w}}) {
+  for (const auto& [name, value] : {std::pair{"C", s.C},
+                                    {"H", s.H},
+                                    {"W", s.W},
+                                    {"R", s.R},
+                                    {"S", s.S},
+                                    {"M", s.M},
+                                    {"stride_h", s.stride_h},
+                                    {"stride_w", s.stride_w},
+                                    {"dilation_h", s.dilation_h},
+                                    {"dilation_w", s.dilation_w}}) {
     require(value >= 1, name, value, "at least 1");
   }
-  for (const auto& [name, value] : {std::pair{"pad_top", s.pad_top}, {"pad_bottom", s.pad_bottom},
-                                    {"pad_left", s.pad_left}, {"pad_right", s.pad_right}}) {
+  for (const auto& [name, value] : {std::pair{"pad_top", s.pad_top},
+                                    {"pad_bottom", s.pad_bottom},
+                                    {"pad_left", s.pad_left},
+                                    {"pad_right", s.pad_right}}) {
     require(value >= 0, name, value, "at least 0");
   }
   constexpr int64_t kMax = INT32_MAX;

@@ -39,8 +39,8 @@ struct DepthwiseArgs {
   ConvShape shape;
   Dtype dtype;
   bool nhwc;
-  TensorRef x;   // fprop, wgrad, dgrad_wgrad
-  TensorRef dy;  // dgrad, wgrad, dgrad_wgrad
+  TensorRef x;                 // fprop, wgrad, dgrad_wgrad
+  TensorRef dy;                // dgrad, wgrad, dgrad_wgrad
   const void* w = nullptr;     // fprop, dgrad, dgrad_wgrad
   const void* bias = nullptr;  // fprop, optional, C*M elements
   OnLoad on_load;              // of x

@@ -31,10 +31,14 @@ using accumulate_t = std::conditional_t<std::is_same_v<T, double>, double, float
 template <class F>
 decltype(auto) with_dtype(Dtype dtype, F&& f) {
   switch (dtype) {
-    case Dtype::kFloat32: return f(type_tag<float>{});
-    case Dtype::kFloat64: return f(type_tag<double>{});
-    case Dtype::kFloat16: return f(type_tag<half_t>{});
-    case Dtype::kBFloat16: return f(type_tag<bfloat16_t>{});
+    case Dtype::kFloat32:
+      return f(type_tag<float>{});
+    case Dtype::kFloat64:
+      return f(type_tag<double>{});
+    case Dtype::kFloat16:
+      return f(type_tag<half_t>{});
+    case Dtype::kBFloat16:
+      return f(type_tag<bfloat16_t>{});
   }
   throw std::invalid_argument("dtype must be 0 (float32), 1 (float64), 2 (float16) or 3 (bfloat16); got " +
                               std::to_string(static_cast<int>(dtype)));

@@ -15,7 +15,7 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 @st.composite
 def cases(draw):
-    """Small problems of every kind: tails of vectors and tiles, strides, dilations, asymmetric and excessive padding."""
+    """Small problems of every kind: tails of vectors and tiles, strides, dilations, asymmetric and large padding."""
     kernel = st.sampled_from([1, 2, 3, 3, 3, 4, 5, 5, 7, 9])
     R, S = draw(kernel), draw(kernel)
     stride = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-_DTYPE_QUERIES = {
+_DTYPE_QUERIES: dict[str, Any] = {
     "cpu": getattr(torch, "get_autocast_cpu_dtype", None),
     "cuda": getattr(torch, "get_autocast_gpu_dtype", None),
 }

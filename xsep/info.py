@@ -1,4 +1,4 @@
-"""``python -m xsep.info``: what was built, what this machine has, and which backend each operator takes here and why."""
+"""``python -m xsep.info``: what was built, what this machine has, and which backend operators take here and why."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ struct Item {
 
 // The part of a tile that the tensor covers.
 struct Window {
-  Window(Span tile, int extent) : lo(std::clamp(-tile.lo, 0, tile.size())), hi(std::clamp(extent - tile.lo, lo, tile.size())) {}
+  Window(Span tile, int extent)
+      : lo(std::clamp(-tile.lo, 0, tile.size())), hi(std::clamp(extent - tile.lo, lo, tile.size())) {}
   int lo, hi;
 };
 

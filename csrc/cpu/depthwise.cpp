@@ -1,7 +1,7 @@
 // The driver of the CPU kernels: packs the filters, deals tiles out to threads, sums what they leave.
 //
-// A thread takes a contiguous run of the items, so results depend on the number of threads and on nothing else: sums are
-// kept per thread and added in the order of the threads, without atomics.
+// A thread takes a contiguous run of the items, so results depend on the number of threads and on nothing else: sums
+// are kept per thread and added in the order of the threads, without atomics.
 
 #include "../depthwise.h"
 
@@ -37,7 +37,8 @@ void pack(const Call<T>& call, int b) {
       }
     }
     for (int m = 0; m < s.M; ++m) {
-      call.packed_bias[(int64_t{b} * s.M + m) * plan.block + lane] = bias && exists ? to_float(bias[c * s.M + m]) : A{0};
+      call.packed_bias[(int64_t{b} * s.M + m) * plan.block + lane] =
+          bias && exists ? to_float(bias[c * s.M + m]) : A{0};
     }
     if (plan.packed_affine) {
       const int64_t each = plan.packed_affine / 3;
@@ -74,17 +75,22 @@ void reduce(const Call<T>& call, int b, const accumulate_t<T>* sums, int64_t str
 
 template <class T>
 const Kernels<accumulate_t<T>>& kernels_for(const Isa& isa) {
-  if constexpr (std::is_same_v<T, float>) return isa.float32;
-  else if constexpr (std::is_same_v<T, double>) return isa.float64;
-  else if constexpr (std::is_same_v<T, half_t>) return isa.float16;
-  else return isa.bfloat16;
+  if constexpr (std::is_same_v<T, float>)
+    return isa.float32;
+  else if constexpr (std::is_same_v<T, double>)
+    return isa.float64;
+  else if constexpr (std::is_same_v<T, half_t>)
+    return isa.float16;
+  else
+    return isa.bfloat16;
 }
 
 // Rows are innermost, so that a tile finds its halo in the cache; then groups of channels, columns, images.
 template <class T>
 void run_item(const Call<T>& call, Scratch<accumulate_t<T>>& scratch, int64_t i) {
   const Plan& plan = call.plan;
-  const int row_tile = static_cast<int>(i % plan.rows.tiles), group = static_cast<int>(i / plan.rows.tiles % plan.groups);
+  const int row_tile = static_cast<int>(i % plan.rows.tiles),
+            group = static_cast<int>(i / plan.rows.tiles % plan.groups);
   const int64_t place = i / plan.rows.tiles / plan.groups;
   const int col_tile = static_cast<int>(place % plan.cols.tiles);
   const int64_t image = place / plan.cols.tiles;
@@ -106,7 +112,12 @@ void run(const DepthwiseArgs& args, const Plan& plan) {
   using A = accumulate_t<T>;
   A* const shared = static_cast<A*>(args.workspace);
   A* const per_thread = shared + plan.packed_w + plan.packed_bias + plan.packed_affine;
-  const Call<T> call{args, args.shape, plan, kernels_for<T>(isa_in_use()), shared, shared + plan.packed_w,
+  const Call<T> call{args,
+                     args.shape,
+                     plan,
+                     kernels_for<T>(isa_in_use()),
+                     shared,
+                     shared + plan.packed_w,
                      shared + plan.packed_w + plan.packed_bias};
   const int64_t stride = plan.scratch + plan.sums;
 

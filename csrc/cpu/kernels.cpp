@@ -3,8 +3,8 @@
 //
 // Cost model, in cycles per vector of 3x3 outputs where a multiply-add takes one: 9 multiply-adds; 4.5 loads from the
 // first-level cache (36 pixels and 36 weights for 16 outputs) beside them; 2.5 lines from the second level.  Staging an
-// NCHW tile adds a load, four shuffles and a store, and storing it as much.  Tensors beyond the last-level cache are bound
-// by memory: rows are prefetched, and lines that are written whole go past the caches.
+// NCHW tile adds a load, four shuffles and a store, and storing it as much.  Tensors beyond the last-level cache are
+// bound by memory: rows are prefetched, and lines that are written whole go past the caches.
 
 #if defined(__x86_64__)
 #include <immintrin.h>  // only always_inline functions, so nothing leaks into other objects
@@ -177,8 +177,8 @@ struct ConvTile {
   static constexpr int kRows = kFree >= 4 * kCols ? 4 : kFree >= 2 * kCols ? 2 : 1;
 };
 
-// Left alone, GCC computes the addresses of all that a tile touches before the loop over channels, and keeps them on the
-// stack: this makes it take them from the pointer, where an addressing mode does it.
+// Left alone, GCC computes the addresses of all that a tile touches before the loop over channels, and keeps them on
+// the stack: this makes it take them from the pointer, where an addressing mode does it.
 template <class P>
 inline void keep_pointer(P*& p) {
   asm("" : "+r"(p));
@@ -193,9 +193,9 @@ inline T* bytes_on(T* p, ptrdiff_t bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<char*>(p) + bytes);
 }
 
-// Filter rows of kTaps neighbours; outputs lie kStep pixels apart in both directions.  Makes `rows` x kCols outputs, with
-// at most as many rows as a tile has.  `in` is the pixel that tap (0, 0) of output (0, 0) meets: its position is (row, col).
-// kSquare: a whole tile and a square filter, so that which taps a row of pixels meets is known in advance.
+// Filter rows of kTaps neighbours; outputs lie kStep pixels apart in both directions.  Makes `rows` x kCols outputs,
+// with at most as many rows as a tile has.  `in` is the pixel that tap (0, 0) of output (0, 0) meets: its position is
+// (row, col). kSquare: a whole tile and a square filter, so that which taps a row of pixels meets is known in advance.
 // kBorder: some columns of pixels may not exist.
 template <class T, int kTaps, int kStep, int kCols, bool kSquare, bool kBorder>
 inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, int rows, const acc_t<T>* w,
@@ -227,8 +227,10 @@ inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, in
     vec<A, L> pixel[kPixels];
 #pragma GCC unroll 32
     for (int k = 0; k < kPixels; ++k) {
-      if (kBorder && !inside(col + k, c.in.cols)) pixel[k] = vec<A, L>{};
-      else pixel[k] = load<L>(bytes_on(x, k * x_pixel));
+      if (kBorder && !inside(col + k, c.in.cols))
+        pixel[k] = vec<A, L>{};
+      else
+        pixel[k] = load<L>(bytes_on(x, k * x_pixel));
       keep_in_register(pixel[k]);
     }
 #pragma GCC unroll 8
@@ -267,8 +269,10 @@ inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, in
 #pragma GCC unroll 8
     for (int q = 0; q < kCols; ++q) {
       T* dst = bytes_on(out, q * out_pixel);
-      if (c.stream) stream<L>(dst, acc[t][q]);
-      else store<L>(dst, acc[t][q]);
+      if (c.stream)
+        stream<L>(dst, acc[t][q]);
+      else
+        store<L>(dst, acc[t][q]);
     }
     out = bytes_on(out, out_row);
     keep_pointer(out);
@@ -320,22 +324,24 @@ void conv_dense(const Conv<acc_t<T>>& args) {
             const int at = b * kBlock<A> + v;
             if (at % kLine == 0) prefetch<T>(c.in, below, kRows * kStep, col, kCols * kStep, at);
             conv_tile<T, kTaps, kStep, kCols, is_square.value, is_border.value>(
-                c, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + at : nullptr, out + at);
+                c, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + at : nullptr,
+                out + at);
           }
         }
       };
       if constexpr (kTaps == 3) {
-        if (square) return border ? channels(constant<1>{}, constant<1>{}) : channels(constant<1>{}, constant<kCols < 4>{});
+        if (square)
+          return border ? channels(constant<1>{}, constant<1>{}) : channels(constant<1>{}, constant < kCols<4>{});
       }
-      border ? channels(constant<0>{}, constant<1>{}) : channels(constant<0>{}, constant<kCols < 4>{});
+      border ? channels(constant<0>{}, constant<1>{}) : channels(constant<0>{}, constant < kCols<4>{});
     });
   }
 }
 
 // Any taps: four outputs of a row share a weight, and load their own pixels.
 template <class T, int kCols>
-inline void conv_any_tile(const Conv<acc_t<T>>& c, int row, int col, int at, const acc_t<T>* w,
-                          const acc_t<T>* init, T* out) {
+inline void conv_any_tile(const Conv<acc_t<T>>& c, int row, int col, int at, const acc_t<T>* w, const acc_t<T>* init,
+                          T* out) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
   vec<A, L> acc[kCols];
@@ -381,18 +387,27 @@ void conv(const Conv<acc_t<T>>& c) {
   const Pixels& x = c.in;
   if (x.tap_row == 1 && x.tap_col == 1 && x.step_row == 1 && x.step_col == 1) {
     switch (c.tap_cols) {
-      case 1: return conv_dense<T, 1, 1>(c);
-      case 2: return conv_dense<T, 2, 1>(c);
-      case 3: return conv_dense<T, 3, 1>(c);
-      case 4: return conv_dense<T, 4, 1>(c);
-      case 5: return conv_dense<T, 5, 1>(c);
-      case 7: return conv_dense<T, 7, 1>(c);
+      case 1:
+        return conv_dense<T, 1, 1>(c);
+      case 2:
+        return conv_dense<T, 2, 1>(c);
+      case 3:
+        return conv_dense<T, 3, 1>(c);
+      case 4:
+        return conv_dense<T, 4, 1>(c);
+      case 5:
+        return conv_dense<T, 5, 1>(c);
+      case 7:
+        return conv_dense<T, 7, 1>(c);
     }
   } else if (x.tap_row == 1 && x.tap_col == 1 && x.step_row == 2 && x.step_col == 2) {
     switch (c.tap_cols) {
-      case 3: return conv_dense<T, 3, 2>(c);
-      case 5: return conv_dense<T, 5, 2>(c);
-      case 7: return conv_dense<T, 7, 2>(c);
+      case 3:
+        return conv_dense<T, 3, 2>(c);
+      case 5:
+        return conv_dense<T, 5, 2>(c);
+      case 7:
+        return conv_dense<T, 7, 2>(c);
     }
   }
   conv_any<T>(c);
@@ -428,8 +443,10 @@ inline void wgrad_tile(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_
       keep_pointer(dy);
 #pragma GCC unroll 8
       for (int q = 0; q < kCols; ++q) {
-        if (i + t < g.rows && q < cols) d[t][q] = load<L>(bytes_on(dy, q * dy_pixel));
-        else d[t][q] = vec<A, L>{};
+        if (i + t < g.rows && q < cols)
+          d[t][q] = load<L>(bytes_on(dy, q * dy_pixel));
+        else
+          d[t][q] = vec<A, L>{};
         keep_in_register(d[t][q]);
       }
       dy = bytes_on(dy, dy_row);
@@ -446,8 +463,10 @@ inline void wgrad_tile(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_
 #pragma GCC unroll 32
       for (int k = 0; k < (kCols - 1) * kStep + kTaps; ++k) {
         vec<A, L> pixel;
-        if (border && !inside(col + k, x.cols)) pixel = vec<A, L>{};
-        else pixel = load<L>(bytes_on(pixels, k * x_pixel));
+        if (border && !inside(col + k, x.cols))
+          pixel = vec<A, L>{};
+        else
+          pixel = load<L>(bytes_on(pixels, k * x_pixel));
         keep_in_register(pixel);
 #pragma GCC unroll 8
         for (int t = 0; t < kRows; ++t) {
@@ -470,8 +489,8 @@ inline void wgrad_tile(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_
 }
 
 // f(rows [i, i + kRows) of dy, its columns [j, j_end), channel, that channel's dw) over the tile: a stretch of columns,
-// then every channel of it, so that memory is walked in order.  Out of the caches a long stretch is best, since the sums
-// are loaded and stored for each; out of memory a short one, which fetches the channels of a pixel together.
+// then every channel of it, so that memory is walked in order.  Out of the caches a long stretch is best, since the
+// sums are loaded and stored for each; out of memory a short one, which fetches the channels of a pixel together.
 template <class T, int kRows, int kStep, class F>
 inline void for_wgrad(const Wgrad<acc_t<T>>& g, F&& f) {
   constexpr int kLine = 64 / sizeof(T);
@@ -550,15 +569,21 @@ void wgrad(const Wgrad<acc_t<T>>& g) {
   if (x.tap_row == 1 && x.tap_col == 1 && x.step_row == x.step_col && g.tap_rows == g.tap_cols) {
     if (x.step_col == 1) {
       switch (g.tap_cols) {
-        case 3: return wgrad_dense<T, 3, 1>(g);
-        case 5: return wgrad_dense<T, 5, 1>(g);
-        case 7: return wgrad_dense<T, 7, 1>(g);
+        case 3:
+          return wgrad_dense<T, 3, 1>(g);
+        case 5:
+          return wgrad_dense<T, 5, 1>(g);
+        case 7:
+          return wgrad_dense<T, 7, 1>(g);
       }
     } else if (x.step_col == 2) {
       switch (g.tap_cols) {
-        case 3: return wgrad_dense<T, 3, 2>(g);
-        case 5: return wgrad_dense<T, 5, 2>(g);
-        case 7: return wgrad_dense<T, 7, 2>(g);
+        case 3:
+          return wgrad_dense<T, 3, 2>(g);
+        case 5:
+          return wgrad_dense<T, 5, 2>(g);
+        case 7:
+          return wgrad_dense<T, 7, 2>(g);
       }
     }
   }
@@ -604,7 +629,8 @@ inline void transpose(vec<A, L>* v) {
 }
 
 // f(constant<n>, element offset, row, column) over an NCHW window of rows x cols pixels, n of them at a time; those of
-// `dense` rows follow each other in memory, so that small images fill whole vectors.  `overlap`: some pixels may come twice.
+// `dense` rows follow each other in memory, so that small images fill whole vectors.  `overlap`: some pixels may come
+// twice.
 template <int L, class F>
 inline void for_pixels(int rows, int cols, ptrdiff_t row, bool dense, bool overlap, F&& f) {
   const int runs = dense ? 1 : rows, length = dense ? rows * cols : cols;
@@ -612,8 +638,10 @@ inline void for_pixels(int rows, int cols, ptrdiff_t row, bool dense, bool overl
     const auto at = [&](auto n, int k) { f(n, i * row + k, dense ? k / cols : i, dense ? k % cols : k); };
     int k = 0;
     for (; k + L <= length; k += L) at(constant<L>{}, k);
-    if (k < length && overlap && length > L) at(constant<L>{}, length - L);
-    else for (; k < length; ++k) at(constant<1>{}, k);
+    if (k < length && overlap && length > L)
+      at(constant<L>{}, length - L);
+    else
+      for (; k < length; ++k) at(constant<1>{}, k);
   }
 }
 
@@ -649,32 +677,35 @@ void stage_nchw(const Stage<acc_t<T>>& s) {
   for (int c = 0; c < B; c += L) {
     const T* src = static_cast<const T*>(s.src) + c * s.lane;
     const int lanes = s.lanes - c < L ? s.lanes - c : L;
-    for_pixels<L>(s.row_hi - s.row_lo, cols, s.row, s.row == cols, true, [&](auto count, ptrdiff_t at, int row, int col) {
-      constexpr int n = count.value;
-      Walk walk{col, cols, tile_row - ptrdiff_t{cols} * B, row * tile_row + ptrdiff_t{col} * B + c};
-      const auto get = [&](int i) {
-        const vec<A, n> x = load<n>(src + i * s.lane + at);
-        if (!s.affine.any) return x;
-        return apply<n, A>(s.affine, x, broadcast<n>(s.affine.center[c + i]), broadcast<n>(s.affine.scale[c + i]),
-                           broadcast<n>(s.affine.shift[c + i]));
-      };
-      if constexpr (n == 1) {
-        for (int i = 0; i < L; ++i) window[walk.at + i] = i < lanes ? get(i)[0] : A{0};
-      } else {
-        vec<A, L> v[L];
+    for_pixels<L>(s.row_hi - s.row_lo, cols, s.row, s.row == cols, true,
+                  [&](auto count, ptrdiff_t at, int row, int col) {
+                    constexpr int n = count.value;
+                    Walk walk{col, cols, tile_row - ptrdiff_t{cols} * B, row * tile_row + ptrdiff_t{col} * B + c};
+                    const auto get = [&](int i) {
+                      const vec<A, n> x = load<n>(src + i * s.lane + at);
+                      if (!s.affine.any) return x;
+                      return apply<n, A>(s.affine, x, broadcast<n>(s.affine.center[c + i]),
+                                         broadcast<n>(s.affine.scale[c + i]), broadcast<n>(s.affine.shift[c + i]));
+                    };
+                    if constexpr (n == 1) {
+                      for (int i = 0; i < L; ++i) window[walk.at + i] = i < lanes ? get(i)[0] : A{0};
+                    } else {
+                      vec<A, L> v[L];
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-          if (i < lanes) v[i] = get(i);
-          else v[i] = vec<A, L>{};
-        }
-        transpose<L, A>(v);
+                      for (int i = 0; i < L; ++i) {
+                        if (i < lanes)
+                          v[i] = get(i);
+                        else
+                          v[i] = vec<A, L>{};
+                      }
+                      transpose<L, A>(v);
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-          store<L>(window + walk.at, v[i]);
-          walk.step(B);
-        }
-      }
-    });
+                      for (int i = 0; i < L; ++i) {
+                        store<L>(window + walk.at, v[i]);
+                        walk.step(B);
+                      }
+                    }
+                  });
   }
 }
 
@@ -694,7 +725,8 @@ void store_nchw(const Store<acc_t<T>>& s) {
       const A* src = s.tile + (ptrdiff_t{row} * s.cols + col) * B + c;  // rows of the tile follow each other
       const auto put = [&](int i, vec<A, n> du) {
         if (g.affine.any) {
-          const vec<A, n> value = load<n>(x + i * g.x_lane + row * g.x_row + col), center = broadcast<n>(g.affine.center[c + i]);
+          const vec<A, n> value = load<n>(x + i * g.x_lane + row * g.x_row + col),
+                          center = broadcast<n>(g.affine.center[c + i]);
           const vec<A, n> scale = broadcast<n>(g.affine.scale[c + i]);
           du = masked<n, A>(g.affine, du, value, center, scale, broadcast<n>(g.affine.shift[c + i]));
           const vec<A, n> by_scale = du * (value - center);

@@ -30,14 +30,14 @@ struct AffineGrad {
 };
 
 // A tile is some rows and columns of one image and kBlock channels of it, of which the tensor has `lanes`: staged as
-// [rows][cols][kBlock] of A, with zeros where the tensor ends.  NCHW tensors are always staged, transposed on the way in and
-// out, and so the arithmetic knows one layout; of NHWC tensors it reads several blocks in place where it can.
+// [rows][cols][kBlock] of A, with zeros where the tensor ends.  NCHW tensors are always staged, transposed on the way
+// in and out, and so the arithmetic knows one layout; of NHWC tensors it reads several blocks in place where it can.
 
 template <class A>
 struct Stage {
-  const void* src;               // first pixel of the window
-  ptrdiff_t row, pixel, lane;    // strides of src in elements; NHWC or `pixel` 1
-  int rows, cols;                // of the tile
+  const void* src;                     // first pixel of the window
+  ptrdiff_t row, pixel, lane;          // strides of src in elements; NHWC or `pixel` 1
+  int rows, cols;                      // of the tile
   int row_lo, row_hi, col_lo, col_hi;  // window of the tile that the tensor covers
   int lanes;
   Affine<A> affine;
@@ -45,7 +45,8 @@ struct Stage {
 };
 
 // Where an array of pixels lies, and which of them an output (i, j) meets with its tap (r, s):
-// row first_row + i * step_row + r * tap_row and column first_col + j * step_col + s * tap_col; none beyond the extents.
+// row first_row + i * step_row + r * tap_row and column first_col + j * step_col + s * tap_col; none beyond the
+// extents.
 struct Pixels {
   const void* data;  // pixel (0, 0)
   ptrdiff_t row, pixel;
@@ -58,9 +59,9 @@ template <class A>
 struct Conv {
   Pixels in;
   int tap_rows, tap_cols;
-  const A* weights;           // [tap_rows][tap_cols][kBlock]
-  ptrdiff_t weights_step;     // from block to block
-  const A* init;              // [blocks][kBlock]; null: out's own values, of type A
+  const A* weights;        // [tap_rows][tap_cols][kBlock]
+  ptrdiff_t weights_step;  // from block to block
+  const A* init;           // [blocks][kBlock]; null: out's own values, of type A
   void* out;
   ptrdiff_t out_row, out_pixel;
   int rows, cols, blocks;
@@ -109,9 +110,17 @@ struct Isa {
 };
 
 // One definition per instruction set, each in a compilation of kernels.cpp with its own flags.
-namespace scalar { extern const Isa isa; }
-namespace avx2 { extern const Isa isa; }
-namespace avx512 { extern const Isa isa; }
-namespace avx512_bf16 { extern const Isa isa; }
+namespace scalar {
+extern const Isa isa;
+}
+namespace avx2 {
+extern const Isa isa;
+}
+namespace avx512 {
+extern const Isa isa;
+}
+namespace avx512_bf16 {
+extern const Isa isa;
+}
 
 }  // namespace xsep::cpu

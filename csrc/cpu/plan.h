@@ -1,4 +1,5 @@
-// How a pass is cut into tiles: spans of rows and columns, what a span of outputs reads, and the layout of the workspace.
+// How a pass is cut into tiles: spans of rows and columns, what a span of outputs reads, and the layout of the
+// workspace.
 #pragma once
 
 #include <algorithm>
@@ -28,9 +29,7 @@ struct Axis {
   int in, out, kernel, stride, pad, dilation;
 
   // Rows of x that a span of y reads, padding included.
-  Span reads_x(Span y) const {
-    return {y.lo * stride - pad, (y.hi - 1) * stride - pad + (kernel - 1) * dilation + 1};
-  }
+  Span reads_x(Span y) const { return {y.lo * stride - pad, (y.hi - 1) * stride - pad + (kernel - 1) * dilation + 1}; }
   // Rows of y that a span of x receives gradient from; may reach outside of y, where there is none.
   Span reads_dy(Span x) const {
     const Span y{-floor_div(-(x.lo + pad - (kernel - 1) * dilation), stride), floor_div(x.hi - 1 + pad, stride) + 1};
@@ -108,10 +107,10 @@ struct Plan {
   std::vector<int> class_start;                    // position of [row residue][column residue] in `order`
 
   // Elements of the accumulation type, each region rounded up to a cache line.
-  int64_t x_tile, dy_tile, out_tile;  // a thread's tiles
-  int64_t scratch;                                   // their sum, per thread
-  int64_t packed_w, packed_bias, packed_affine;      // shared
-  int64_t sums;                                      // per thread: partial dw, then dscale and dshift, per block
+  int64_t x_tile, dy_tile, out_tile;             // a thread's tiles
+  int64_t scratch;                               // their sum, per thread
+  int64_t packed_w, packed_bias, packed_affine;  // shared
+  int64_t sums;                                  // per thread: partial dw, then dscale and dshift, per block
   int64_t sums_per_block;
   int64_t workspace_elements() const { return packed_w + packed_bias + packed_affine + threads * (scratch + sums); }
 

@@ -1,8 +1,9 @@
-// A tile of one image: some rows and columns, `block_` channels deep, or many blocks in NHWC.  Vectors run along channels.
+// A tile of one image: some rows and columns, `block_` channels deep, or many blocks in NHWC.  Vectors run along
+// channels.
 //
-// Whole blocks of NHWC are read from and written to the tensors directly.  NCHW, a block that the channels do not fill, a
-// channel multiplier and a function on load go through staged tiles that fit into the nearest caches.
-// Bytes: x (or dy) once, plus the halo between tiles from the second-level cache; y (or dx) once.
+// Whole blocks of NHWC are read from and written to the tensors directly.  NCHW, a block that the channels do not fill,
+// a channel multiplier and a function on load go through staged tiles that fit into the nearest caches. Bytes: x (or
+// dy) once, plus the halo between tiles from the second-level cache; y (or dx) once.
 #pragma once
 
 #include "call.h"
@@ -15,9 +16,17 @@ class Tile {
 
  public:
   Tile(const Call<T>& call, Scratch<A>& scratch, const Item& item)
-      : call_(call), s_(call.shape), plan_(call.plan), scratch_(scratch), image_(item.image), b_(item.block),
-        blocks_(item.blocks), c0_(b_ * block_), lanes_(std::min(block_, s_.C - c0_)),
-        affine_(call.affine(b_)), direct_(!item.staged) {
+      : call_(call),
+        s_(call.shape),
+        plan_(call.plan),
+        scratch_(scratch),
+        image_(item.image),
+        b_(item.block),
+        blocks_(item.blocks),
+        c0_(b_ * block_),
+        lanes_(std::min(block_, s_.C - c0_)),
+        affine_(call.affine(b_)),
+        direct_(!item.staged) {
     const Cut &rows = item.staged ? plan_.staged_rows : plan_.rows, &cols = plan_.cols;
     y_rows_ = rows.y(item.row_tile);
     y_cols_ = cols.y(item.col_tile);
@@ -50,8 +59,7 @@ class Tile {
     const Window h(rows, H), w(cols, W);
     const T* src = at<T>(t, image_, channel, rows.lo + h.lo, cols.lo + w.lo);
     const auto stage = call_.args.nhwc ? call_.kernels.stage_nhwc : call_.kernels.stage_nchw;
-    stage({src, t.h, t.w, t.c * channel_step, rows.size(), cols.size(), h.lo, h.hi, w.lo, w.hi,
-                              lanes_, affine, tile});
+    stage({src, t.h, t.w, t.c * channel_step, rows.size(), cols.size(), h.lo, h.hi, w.lo, w.hi, lanes_, affine, tile});
   }
   void stage_x() { stage(call_.args.x, c0_, 1, s_.H, s_.W, x_rows_, x_cols_, affine_, scratch_.x); }
   void stage_dy(int m) {
@@ -61,14 +69,23 @@ class Tile {
   // An array of pixels, of the tensor or of the tile staged from `rows` x `cols` of it.  The outputs' first row and
   // column are in the tensor's coordinates.
   Pixels pixels(const TensorRef& t, int H, int W, const A* tile, Span rows, Span cols, int first_row,
-                    int first_col) const {
+                int first_col) const {
     if (direct_) return {at<T>(t, image_, c0_, 0, 0), t.h, t.w, H, W, first_row, first_col, 1, 1, 1, 1};
-    return {tile, ptrdiff_t{cols.size()} * block_, block_, rows.size(), cols.size(), first_row - rows.lo,
-            first_col - cols.lo, 1, 1, 1, 1};
+    return {tile,
+            ptrdiff_t{cols.size()} * block_,
+            block_,
+            rows.size(),
+            cols.size(),
+            first_row - rows.lo,
+            first_col - cols.lo,
+            1,
+            1,
+            1,
+            1};
   }
   Pixels x_pixels() const {
-    Pixels x = pixels(call_.args.x, s_.H, s_.W, scratch_.x, x_rows_, x_cols_,
-                          y_rows_.lo * s_.stride_h - s_.pad_top, y_cols_.lo * s_.stride_w - s_.pad_left);
+    Pixels x = pixels(call_.args.x, s_.H, s_.W, scratch_.x, x_rows_, x_cols_, y_rows_.lo * s_.stride_h - s_.pad_top,
+                      y_cols_.lo * s_.stride_w - s_.pad_left);
     x.step_row = s_.stride_h, x.step_col = s_.stride_w;
     x.tap_row = s_.dilation_h, x.tap_col = s_.dilation_w;
     return x;
@@ -88,11 +105,11 @@ class Tile {
     const int rows = y_rows_.size(), cols = y_cols_.size();
     if (direct_) {
       call_.kernels.conv({x_pixels(), s_.R, s_.S, weights, int64_t{plan_.taps} * block_, bias, dst, y.h, y.w, rows,
-                               cols, blocks_, streams(dst, y)});
+                          cols, blocks_, streams(dst, y)});
       return;
     }
-    call_.kernels.conv_staged({x_pixels(), s_.R, s_.S, weights, 0, bias, scratch_.out, ptrdiff_t{cols} * block_,
-                                    block_, rows, cols, 1, false});
+    call_.kernels.conv_staged({x_pixels(), s_.R, s_.S, weights, 0, bias, scratch_.out, ptrdiff_t{cols} * block_, block_,
+                               rows, cols, 1, false});
     store({scratch_.out, dst, y.h, y.w, y.c * s_.M, rows, cols, lanes_, {}});
   }
 
@@ -108,7 +125,7 @@ class Tile {
     const int a = h % s_.stride_h, b = w % s_.stride_w;
     const TapClass &rows = plan_.row_classes[a], &cols = plan_.col_classes[b];
     Pixels dy = pixels(call_.args.dy, s_.P(), s_.Q(), scratch_.dy, dy_rows_, dy_cols_, h / s_.stride_h + rows.first,
-                           w / s_.stride_w + cols.first);
+                       w / s_.stride_w + cols.first);
     dy.tap_row = rows.step, dy.tap_col = cols.step;
     const int tap_rows = static_cast<int>(rows.taps.size()), tap_cols = static_cast<int>(cols.taps.size());
     const int64_t start = plan_.class_start[a * s_.stride_w + b] + int64_t{m} * tap_rows * tap_cols;
@@ -120,14 +137,13 @@ class Tile {
       const TensorRef dx = dense<T>(call_.args.dx, call_.args.nhwc, s_.C, s_.H, s_.W);
       T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo + i, dx_cols_.lo + j));
       call_.kernels.conv({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init, dst,
-                               s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, blocks_,
-                               streams(dst, dx)});
+                          s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, blocks_, streams(dst, dx)});
       return;
     }
     const ptrdiff_t row = ptrdiff_t{dx_cols_.size()} * block_;
     call_.kernels.conv_staged({dy, tap_cols ? tap_rows : 0, tap_cols, weights, 0, init,
-                                    scratch_.out + i * row + j * block_, s_.stride_h * row,
-                                    ptrdiff_t{s_.stride_w} * block_, out_rows, out_cols, 1, false});
+                               scratch_.out + i * row + j * block_, s_.stride_h * row, ptrdiff_t{s_.stride_w} * block_,
+                               out_rows, out_cols, 1, false});
   }
 
   void store_dx() {
@@ -140,8 +156,7 @@ class Tile {
       A* sums = scratch_.sums + b_ * plan_.sums_per_block + int64_t{plan_.taps} * block_;
       grad = {affine_, at<T>(x, image_, c0_, dx_rows_.lo, dx_cols_.lo), x.h, x.w, x.c, sums, sums + block_};
     }
-    store(
-        {scratch_.out, dst, dx.h, dx.w, dx.c, dx_rows_.size(), dx_cols_.size(), lanes_, grad});
+    store({scratch_.out, dst, dx.h, dx.w, dx.c, dx_rows_.size(), dx_cols_.size(), lanes_, grad});
   }
 
   void wgrad(int m) {
@@ -150,7 +165,7 @@ class Tile {
     if (direct_) {
       const TensorRef& dy = call_.args.dy;
       call_.kernels.wgrad({x_pixels(), s_.R, s_.S, at<T>(dy, image_, c0_, y_rows_.lo, y_cols_.lo), dy.h, dy.w,
-                                y_rows_.size(), y_cols_.size(), blocks_, dw, plan_.sums_per_block, plan_.stream});
+                           y_rows_.size(), y_cols_.size(), blocks_, dw, plan_.sums_per_block, plan_.stream});
       return;
     }
     const ptrdiff_t row = ptrdiff_t{dy_cols_.size()} * block_;

@@ -56,8 +56,9 @@ inline vec<float, L> half_to_float(vec<u16, L> h) {
   const vec<u32, L> smallest = magic * 0u + (113u << 23);
   const vec<u32, L> subnormal = (vec<u32, L>)((vec<float, L>)magic - (vec<float, L>)smallest);
   const vec<i32, L> is_special = (vec<i32, L>)rest >= 0x0f800000, is_subnormal = (vec<i32, L>)rest < 0x00800000;
-  const vec<u32, L> magnitude = (vec<u32, L>)(is_special ? (vec<i32, L>)special
-                                              : is_subnormal ? (vec<i32, L>)subnormal : (vec<i32, L>)normal);
+  const vec<u32, L> magnitude = (vec<u32, L>)(is_special     ? (vec<i32, L>)special
+                                              : is_subnormal ? (vec<i32, L>)subnormal
+                                                             : (vec<i32, L>)normal);
   return (vec<float, L>)(magnitude | sign);
 }
 
@@ -99,8 +100,10 @@ inline vec<acc_t<T>, L> load(const T* p) {
     return *reinterpret_cast<const unaligned<T, L>*>(p);
   } else {
     const vec<u16, L> bits = *reinterpret_cast<const unaligned<u16, L>*>(p);
-    if constexpr (T::kIsBfloat16) return (vec<float, L>)(__builtin_convertvector(bits, vec<u32, L>) << 16);
-    else return half_to_float<L>(bits);
+    if constexpr (T::kIsBfloat16)
+      return (vec<float, L>)(__builtin_convertvector(bits, vec<u32, L>) << 16);
+    else
+      return half_to_float<L>(bits);
   }
 }
 
@@ -122,7 +125,8 @@ inline vec<A, L> broadcast(A value) {
 
 template <int L, class A>
 inline A sum(vec<A, L> v) {
-  if constexpr (L == 1) return v[0];
+  if constexpr (L == 1)
+    return v[0];
   else {
     vec<A, L / 2> low, high;
     __builtin_memcpy(&low, &v, sizeof low);

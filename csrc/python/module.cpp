@@ -100,8 +100,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<ConvShape>(m, "ConvShape")
       .def(py::init([](int N, int C, int H, int W, int R, int S, int M, std::array<int, 2> stride,
                        std::array<int, 4> pad, std::array<int, 2> dilation) {
-             const ConvShape s{N, C, H, W, R, S, M, stride[0], stride[1], pad[0], pad[1], pad[2], pad[3], dilation[0],
-                               dilation[1]};
+             const ConvShape s{N,         C,      H,      W,      R,      S,           M,          stride[0],
+                               stride[1], pad[0], pad[1], pad[2], pad[3], dilation[0], dilation[1]};
              check(s);
              return s;
            }),
@@ -116,18 +116,24 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("workspace_bytes", &DepthwiseCall::workspace_bytes)
       .def("__call__", &DepthwiseCall::operator());
 
-  m.def("isas", [] {
-    py::list names;
-    for (int i = 0; i < cpu::isa_count(); ++i) names.append(cpu::isa_name(i));
-    return names;
-  }, "Names of the instruction sets that can run here, best first.");
+  m.def(
+      "isas",
+      [] {
+        py::list names;
+        for (int i = 0; i < cpu::isa_count(); ++i) names.append(cpu::isa_name(i));
+        return names;
+      },
+      "Names of the instruction sets that can run here, best first.");
   m.def("current_isa", [] { return cpu::isa_name(cpu::current_isa()); });
-  m.def("set_isa", [](const std::string& name) {
-    for (int i = 0; i < cpu::isa_count(); ++i) {
-      if (name == cpu::isa_name(i)) return cpu::set_isa(i);
-    }
-    throw std::invalid_argument("instruction set '" + name + "' cannot run here");
-  }, py::arg("name"));
+  m.def(
+      "set_isa",
+      [](const std::string& name) {
+        for (int i = 0; i < cpu::isa_count(); ++i) {
+          if (name == cpu::isa_name(i)) return cpu::set_isa(i);
+        }
+        throw std::invalid_argument("instruction set '" + name + "' cannot run here");
+      },
+      py::arg("name"));
   m.def("recycles", cpu::recycles);
   m.def("recycled", recycled, py::arg("bytes"));
   m.def("set_limit", cpu::set_limit, py::arg("bytes"));

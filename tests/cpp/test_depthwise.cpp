@@ -64,7 +64,15 @@ double rounded(Dtype dtype, double value) {
 // A tensor in memory: dense, in one of the layouts, with an element type.  Indexed as NCHW doubles.
 struct Tensor {
   Tensor(Dtype dtype, bool nhwc, int64_t N, int64_t C, int64_t H, int64_t W)
-      : dtype(dtype), nhwc(nhwc), N(N), C(C), H(H), W(W), size(dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2),
+      : dtype(dtype),
+        nhwc(nhwc),
+        N(N),
+        C(C),
+        H(H),
+        W(W),
+        size(dtype == Dtype::kFloat64   ? 8
+             : dtype == Dtype::kFloat32 ? 4
+                                        : 2),
         bytes(N * C * H * W * size, static_cast<char>(0xff)) {}  // all ones: NaN in every type
 
   void fill(const std::vector<double>& values) {
@@ -170,7 +178,8 @@ void test(const Named& named, Dtype dtype, bool nhwc, bool on_load, int threads,
   Tensor tw(dtype, false, s.K(), 1, s.R, s.S), tb(dtype, false, 1, s.K(), 1, 1);
   tx.fill(x), tdy.fill(dy), tw.fill(w), tb.fill(bias);
   const Dtype vector_type = dtype == Dtype::kFloat64 ? dtype : Dtype::kFloat32;
-  Tensor tc(vector_type, false, 1, s.C, 1, 1), ts(vector_type, false, 1, s.C, 1, 1), th(vector_type, false, 1, s.C, 1, 1);
+  Tensor tc(vector_type, false, 1, s.C, 1, 1), ts(vector_type, false, 1, s.C, 1, 1),
+      th(vector_type, false, 1, s.C, 1, 1);
   tc.fill(center), ts.fill(scale), th.fill(shift);
 
   cpu::DepthwiseArgs args{};

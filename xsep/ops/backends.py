@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Iterator, Protocol
+from functools import cache, lru_cache
+from typing import Any, Iterator, Protocol
 
 import torch
 from torch import Tensor
@@ -43,13 +43,13 @@ class _Absent:
         return self._reason
 
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[str, Any] = {  # modules and _Absent stand in for Backend
     "cpu": cpu,
     "cuda": _Absent("cuda", "this version of xsep has no CUDA kernels"),
     "cuda-emulated": _Absent("cuda-emulated", "this version of xsep has no CUDA kernels to emulate"),
     "triton": _Absent("triton", "this version of xsep has no Triton kernels"),
     "aten": aten,
-}  # type: ignore[dict-item]  # modules and _Absent stand in for the protocol
+}
 
 _ORDER = {"cpu": ("cpu", "aten"), "cuda": ("cuda", "triton", "aten")}
 _forced: str | None = None
@@ -102,7 +102,7 @@ def _choose(problem: Problem, forced: str | None) -> Backend:
     return BACKENDS[name]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(device: str, dtype: torch.dtype, reason: str | None) -> None:
     warnings.warn(f"xsep runs torch's own kernels for {dtype} on {device}: {reason}", stacklevel=2)
 

@@ -13,7 +13,7 @@ from torch.utils.dlpack import from_dlpack
 from .problem import Problem
 
 try:
-    from .. import _C
+    from .. import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _import_error = str(error)
@@ -74,7 +74,7 @@ def _run(pass_, p, x, dy, w, bias, out, dw, on_load=None, sums=None):
 
 
 def _workspace(size: int) -> Tensor:
-    """This thread's workspace.  It stays: freed and allocated anew, its pages would have to be cleared at every call."""
+    """This thread's workspace.  It stays: if it were freed, its pages would have to be cleared at every call."""
     held = getattr(_held, "workspace", None)
     if held is None or held.numel() < size:
         held = _held.workspace = torch.empty(size, dtype=torch.uint8)
@@ -102,7 +102,7 @@ def _empty(sizes, p: Problem) -> Tensor:
 
 def _fills_memory() -> bool:
     """Whether torch was told to fill new tensors with NaN."""
-    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory
+    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
 def empty_cache() -> None:
@@ -116,8 +116,8 @@ def empty_cache() -> None:
         _C.release_waiting()
 
 
-# `on_load` is (center, scale, shift, relu): u = relu(scale * (x - center) + shift) takes the place of x, applied as it is
-# loaded.  The vectors hold C numbers of float32 (float64 for float64).
+# `on_load` is (center, scale, shift, relu): u = relu(scale * (x - center) + shift) takes the place of x, applied as it
+# is loaded.  The vectors hold C numbers of float32 (float64 for float64).
 
 
 def fprop(p: Problem, x: Tensor, w: Tensor, bias: Tensor | None, on_load=None) -> Tensor:

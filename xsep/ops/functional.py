@@ -90,9 +90,9 @@ def explain(
 ) -> str:
     """Which backend ``depthwise_conv2d`` would run for these arguments, and why the others do not."""
     x = _batched(input, "input")
-    stride, pad, dilation = _geometry(x, weight, stride, padding, dilation)
+    geometry = _geometry(x, weight, stride, padding, dilation)
     return backends.explain_problem(
-        Problem(x.device.type, x.dtype, is_nhwc(x), tuple(x.shape), tuple(weight.shape), stride, pad, dilation)
+        Problem(x.device.type, x.dtype, is_nhwc(x), tuple(x.shape), tuple(weight.shape), *geometry)
     )
 
 
@@ -104,11 +104,13 @@ def _batched(t: Tensor, name: str) -> Tensor:
     raise ValueError(f"{name} must be (N, C, H, W) or (C, H, W); got shape {tuple(t.shape)}")
 
 
-def _geometry(x: Tensor, weight: Tensor, stride: Size2, padding: Padding, dilation: Size2):
+def _geometry(
+    x: Tensor, weight: Tensor, stride: Size2, padding: Padding, dilation: Size2
+) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int]]:
     if weight.dim() != 4:
         raise ValueError(f"weight must be (C*M, 1, R, S); got shape {tuple(weight.shape)}")
-    stride, dilation = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
-    return stride, resolve_padding(padding, x.shape[2:], weight.shape[2:], stride, dilation), dilation
+    strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
+    return strides, resolve_padding(padding, x.shape[2:], weight.shape[2:], strides, dilations), dilations
 
 
 def _nothing_watches(*tensors: Tensor | None) -> bool:

@@ -5,9 +5,10 @@
     dw     = xsep::wgrad(dy, x)
     dx, dw = xsep::dgrad_wgrad(dy, x, w)      one pass over dy, picked by fprop's backward
 
-The first three (bias aside) are bilinear and closed: the derivative of each is made of the other two, so every order of
-derivative exists.  x is (N, C, H, W), w is (C*M, 1, R, S), y is (N, C*M, P, Q); pad is (top, bottom, left, right).
-An output has the memory format of the first tensor beside it: y and dx of x in fprop and dgrad_wgrad, dx of dy in dgrad.
+The first three (bias aside) are bilinear and closed: the derivative of each is made of the other two, so every order
+of derivative exists.  x is (N, C, H, W), w is (C*M, 1, R, S), y is (N, C*M, P, Q); pad is (top, bottom, left, right).
+An output has the memory format of the first tensor beside it: y and dx of x in fprop and dgrad_wgrad, dx of dy in
+dgrad.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends
 from .._compat import autocast_dtype
+from . import backends
 from .problem import Problem, check_same, check_sizes, is_nhwc, memory_format
 
 _GEOMETRY = "SymInt[2] stride, SymInt[4] pad, SymInt[2] dilation"

@@ -1,4 +1,4 @@
-"""One depthwise convolution as a hashable value: what the choice of a backend depends on, and the checks of its shapes."""
+"""One depthwise convolution as a hashable value: what the choice of a backend depends on, and checks of shapes."""
 
 from __future__ import annotations
 
