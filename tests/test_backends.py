@@ -1,0 +1,183 @@
+"""The choice of a backend: forcing, explaining, falling back; and what torch does to operators around it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import xsep
+
+ops = torch.ops.xsep
+GEOMETRY = ((1, 1), (1, 1, 1, 1), (1, 1))
+
+
+def inputs(dtype=torch.float32, channels_last=False):
+    x = torch.randn(2, 8, 9, 7).to(dtype)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, torch.randn(8, 1, 3, 3).to(dtype), torch.randn(8).to(dtype)
+
+
+def test_explain_names_every_backend():
+    x, w, _ = inputs()
+    lines = xsep.explain(x, w, padding=1).splitlines()
+    assert "float32 NCHW x 2x8x9x7" in lines[0] and len(lines) == 6
+    assert lines[1].split() == ["cpu", "runs"]
+    assert all("no CUDA kernels" in line for line in lines[2:4]) and "no Triton kernels" in lines[4]
+    assert lines[5].split(maxsplit=1) == ["aten", "could run; comes after cpu"]
+    with xsep.backend("aten"):
+        assert "runs (forced)" in xsep.explain(x, w, padding=1).splitlines()[5]
+    with xsep.backend("cuda"):
+        assert "raises" in xsep.explain(x, w, padding=1).splitlines()[1]
+
+
+def test_a_forced_backend_that_cannot_run_raises_its_reason():
+    x, w, _ = inputs()
+    with xsep.backend("triton"), pytest.raises(RuntimeError, match="'triton' is forced.*no Triton kernels"):
+        xsep.depthwise_conv2d(x, w)
+    with pytest.raises(ValueError, match="backend must be one of cpu, cuda.*mkl"), xsep.backend("mkl"):
+        pass
+    xsep.depthwise_conv2d(x, w)  # the context is over
+
+
+def test_the_environment_variable():
+    code = "import torch, xsep; xsep.depthwise_conv2d(torch.randn(1, 2, 3, 3), torch.randn(2, 1, 3, 3))"
+    for name, message in (("cuda", "'cuda' is forced"), ("fast", "XSEP_BACKEND must be one of")):
+        run = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "XSEP_BACKEND": name}, capture_output=True, text=True
+        )
+        assert run.returncode != 0 and message in run.stderr
+
+
+def test_another_dtype_falls_back_with_one_warning():
+    x, w = torch.randn(1, 2, 5, 5).to(torch.complex64), torch.randn(2, 1, 3, 3).to(torch.complex64)
+    with pytest.warns(UserWarning, match="torch's own kernels for torch.complex64 on cpu: it has no kernels"):
+        y = xsep.depthwise_conv2d(x, w)
+    torch.testing.assert_close(y, F.conv2d(x, w, groups=2))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_backends_agree(channels_last):
+    x, w, bias = inputs(torch.float64, channels_last)
+    results = []
+    for name in ("cpu", "aten"):
+        with xsep.backend(name):
+            dx_dw = ops.dgrad_wgrad(x, x, w, *GEOMETRY)
+            results.append([ops.fprop(x, w, bias, *GEOMETRY), *dx_dw])
+    torch.testing.assert_close(*results)
+    assert [t.stride() for t in results[0]] == [t.stride() for t in results[1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda x, w: (x[0, 0], w), ValueError, "input must be"),
+        (lambda x, w: (x, w[:, 0]), ValueError, "weight must be"),
+        (lambda x, w: (x[:, :5], w), ValueError, "8 filters must be a positive multiple of input's 5"),
+        (lambda x, w: (x.double(), w), TypeError, "float64 and torch.float32"),
+        (lambda x, w: (x[:, :, :2], w), ValueError, "filter height 3.*larger than the padded input height 2"),
+        (lambda x, w: (x, w[:, :, :0]), ValueError, "weight must not be empty"),
+    ],
+)
+def test_bad_tensors_are_named(change, error, message):
+    x, w, _ = inputs()
+    with pytest.raises(error, match=message):
+        xsep.depthwise_conv2d(*change(x, w))
+    with pytest.raises(error, match=message), torch.inference_mode():
+        xsep.depthwise_conv2d(*change(x, w))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("padding", [1, "tf_same"])
+def test_compile_and_export_with_dynamic_extents(channels_last, padding):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = xsep.DepthwiseConv2d(8, 16, 3, 2, padding)
+
+        def forward(self, x):
+            return self.conv(x).relu()
+
+    model = Model()
+    x, _, _ = inputs(channels_last=channels_last)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    dims = {0: torch.export.Dim("N"), 2: torch.export.Dim("H", min=5), 3: torch.export.Dim("W", min=5)}
+    exported = torch.export.export(model, (x,), dynamic_shapes=(dims,)).module()
+    for sizes in ((2, 8, 9, 7), (3, 8, 12, 10), (1, 8, 5, 31)):
+        other = torch.randn(sizes)
+        if channels_last:
+            other = other.contiguous(memory_format=torch.channels_last)
+        ours, theirs = other.clone().requires_grad_(), other.clone().requires_grad_()
+        compiled(ours).sum().backward()
+        model(theirs).sum().backward()
+        assert torch.equal(ours.grad, theirs.grad)
+        assert torch.equal(exported(other), model(other))
+
+
+def test_inductor():
+    x, w, bias = inputs()
+    compiled = torch.compile(lambda x: xsep.depthwise_conv2d(x.relu(), w, bias, padding=1) * 2, fullgraph=True)
+    torch.testing.assert_close(compiled(x), F.conv2d(x.relu(), w, bias, padding=1, groups=8) * 2)
+
+
+def test_transforms_and_forward_mode():
+    x, w, _ = inputs(torch.float64)
+
+    def ours(x, w):
+        return xsep.depthwise_conv2d(x, w, padding=1).pow(2).sum()
+
+    def theirs(x, w):
+        return F.conv2d(x, w, padding=1, groups=8).pow(2).sum()
+
+    tangents = tuple(torch.randn_like(t) for t in (x, w))
+    for transform in (
+        lambda f: torch.func.grad(f, (0, 1))(x, w),
+        lambda f: torch.func.jvp(f, (x, w), tangents),
+        lambda f: torch.func.vmap(torch.func.grad(f), (0, None))(x, w),
+        lambda f: torch.func.hessian(f, 1)(x[:1, :, :3, :3], w),
+    ):
+        torch.testing.assert_close(transform(ours), transform(theirs))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangents[0])
+        derivative = torch.autograd.forward_ad.unpack_dual(ours(dual, w)).tangent
+    torch.testing.assert_close(derivative, torch.func.jvp(theirs, (x, w), (tangents[0], torch.zeros_like(w)))[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_follows_the_active_dtype(dtype):
+    x, w, bias = inputs()
+    for grad in (True, False):
+        with torch.autocast("cpu", dtype):
+            y = xsep.depthwise_conv2d(x, w.requires_grad_(grad), bias, padding=1)
+            assert y.dtype == F.conv2d(x, w, bias, padding=1, groups=8).dtype == dtype
+            assert xsep.depthwise_conv2d(x.double(), w.double(), bias.double()).dtype == torch.float64
+
+
+def test_flops():
+    x, w, _ = inputs()
+    forward = 2 * 2 * 8 * 9 * 7 * 9
+    with FlopCounterMode(display=False) as counter:
+        y = xsep.depthwise_conv2d(x.requires_grad_(), w.requires_grad_(), padding=1)
+        assert counter.get_total_flops() == forward
+        y.sum().backward()
+        assert counter.get_total_flops() == 3 * forward
+    with FlopCounterMode(display=False) as counter:
+        F.conv2d(x, w, padding=1, groups=8)  # torch counts its forward alike
+        assert counter.get_total_flops() == forward
+
+
+def test_what_watches_sees_the_operator():
+    """The shortcut round the dispatcher hides nothing from tracers, profilers and modes."""
+    x, w, _ = inputs()
+    with torch.profiler.profile() as profile:
+        xsep.depthwise_conv2d(x, w)
+    assert any(event.key == "xsep::fprop" for event in profile.key_averages())
+    traced = torch.jit.trace(lambda x: xsep.depthwise_conv2d(x, w), x, check_trace=False)
+    assert "xsep::fprop" in str(traced.graph)
+    fake = torch._subclasses.FakeTensorMode()
+    with fake:
+        assert xsep.depthwise_conv2d(fake.from_tensor(x), fake.from_tensor(w)).shape == (2, 8, 7, 5)
