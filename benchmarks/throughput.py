@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 import xsep
 from xsep.ops import backends
-from xsep.ops.cpu import empty_cache
 from xsep.ops.problem import Problem
 from xsep.testing import assert_no_worse_than_torch
 
@@ -95,7 +94,7 @@ class Run:
     def peak_memory(self, bench: str) -> int | None:
         """Bytes that a step adds at its peak: allocated (CUDA) or resident (CPU, where Linux tells it)."""
         gc.collect()
-        empty_cache()
+        xsep.empty_cache()
         return_freed_memory()
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.skipif(
 def no_filling(nan_filled_memory):
     """Memory that torch is told to fill is torch's."""
     torch.use_deterministic_algorithms(False)
-    cpu.empty_cache()
+    xsep.empty_cache()
     yield
-    cpu.empty_cache()
+    xsep.empty_cache()
 
 
 def large(channels_last=False):
@@ -46,7 +46,7 @@ def test_freed_outputs_are_used_again(channels_last):
     again = xsep.depthwise_conv2d(x, w, padding=1)
     assert again.data_ptr() == address and cpu._C.waiting_bytes() == 0
     del again, other
-    cpu.empty_cache()
+    xsep.empty_cache()
     assert cpu._C.waiting_bytes() == 0
 
 

@@ -3,7 +3,7 @@
 from . import models, nn
 from ._version import __version__
 from .nn import DepthwiseConv2d, SeparableConv2d, convert
-from .ops import backend, depthwise_conv2d, explain, separable_conv2d
+from .ops import backend, depthwise_conv2d, empty_cache, explain, separable_conv2d
 
 __all__ = [
     "DepthwiseConv2d",
@@ -12,6 +12,7 @@ __all__ = [
     "backend",
     "convert",
     "depthwise_conv2d",
+    "empty_cache",
     "explain",
     "models",
     "nn",
