@@ -37,13 +37,16 @@ Extent largest(const Cut& cut, bool reads_x, bool reads_dy) {
 // The axis that a pass cuts evenly.
 int extent(const Cut& cut) { return cut.pass == Pass::kDgrad ? cut.axis.in : cut.axis.out; }
 
-// The fewest pieces that `fits` takes, at most `limit`; halving first, so that long axes take few steps.
+// The fewest pieces that `fits` takes, at most `limit`.
 template <class F>
 int fewest(int limit, F&& fits) {
-  int n = 1;
-  while (n < limit && !fits(n)) n = std::min(limit, 2 * n);
-  while (n > 1 && fits(n - 1)) --n;
-  return n;
+  int low = 0, high = 1;  // low pieces are too few
+  while (high < limit && !fits(high)) low = high, high = std::min(limit, 2 * high);
+  while (high - low > 1) {
+    const int middle = low + (high - low) / 2;
+    (fits(middle) ? high : low) = middle;
+  }
+  return high;
 }
 
 }  // namespace
