@@ -20,12 +20,15 @@ import torch
 from tqdm import tqdm
 
 import xsep
+from xsep.ops import cpu
+from xsep.ops.problem import Problem
 from xsep.shapes import NETWORKS, Shape
 from xsep.testing import assert_no_worse_than_torch
 
 PASSES = ("fprop", "dgrad", "wgrad", "dgrad_wgrad")
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 TARGETS = {"nchw": 4.0, "nhwc": 1.3}  # geometric mean of the ratios
+OVERHEAD_TARGET = 15e-6  # seconds
 COPY_TARGET = 0.85  # of the copy bandwidth, on rows beyond the last-level cache
 
 ops = torch.ops.xsep
@@ -94,6 +97,24 @@ def check(shape: Shape, name: str, dtype: torch.dtype, layout: str) -> None:
         results = [found["xsep"](), found["torch"](), truth]
     for ours, theirs, exact in zip(*((r if isinstance(r, tuple) else (r,)) for r in results)):
         assert_no_worse_than_torch(ours, theirs, exact, f"{name} of {shape} in {layout}")
+
+
+def overhead() -> float:
+    """Seconds that xsep.depthwise_conv2d takes beyond its kernel, without gradients, in one thread."""
+    x = torch.randn(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    w, y = torch.randn(16, 1, 3, 3), torch.empty_like(x)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        problem = Problem("cpu", x.dtype, True, (1, 16, 8, 8), (16, 1, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+        kernel = cpu.prepared_fprop(problem, x, w, y)
+        with torch.no_grad():
+            found = common.interleaved(
+                {"operator": lambda: xsep.depthwise_conv2d(x, w, padding=1), "kernel": kernel}, 21, 5e-3, 2.0
+            )
+    finally:
+        torch.set_num_threads(threads)
+    return found["operator"].median - found["kernel"].median
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -232,6 +253,8 @@ def measure_all(
             )
     print()
     print("\n".join(summary(rows)))
+    beyond, target = overhead() * 1e6, OVERHEAD_TARGET * 1e6
+    print(f"xsep.depthwise_conv2d takes {beyond:.1f} us beyond its kernel (target {target:.0f} us)")
     return rows
 
 

@@ -44,11 +44,15 @@ def test_a_forced_backend_that_cannot_run_raises_its_reason():
     xsep.depthwise_conv2d(x, w)  # the context is over
 
 
-def test_the_environment_variable():
+def test_the_environment_variable(tmp_path):
     code = "import torch, xsep; xsep.depthwise_conv2d(torch.randn(1, 2, 3, 3), torch.randn(2, 1, 3, 3))"
     for name, message in (("cuda", "'cuda' is forced"), ("fast", "XSEP_BACKEND must be one of")):
         run = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, "XSEP_BACKEND": name}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env={**os.environ, "XSEP_BACKEND": name},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert run.returncode != 0 and message in run.stderr
 

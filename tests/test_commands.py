@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(*arguments, ok=True):
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
+    # Elsewhere than in the checkout, whose folder would hide the installed package.
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=tempfile.gettempdir(), capture_output=True, text=True
+    )
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout if ok else done.stderr
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from functools import lru_cache
+from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +18,10 @@ try:
     from .. import _C  # type: ignore[attr-defined]
 except ImportError as error:
     _C = None  # type: ignore[assignment]
-    _import_error = str(error)
+    _import_error = (
+        f"{error} ({Path(__file__).parents[1]} is what was imported: a checkout's own folder has it after "
+        "'pip install -e .' only)"
+    )
 
 name = "cpu"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -52,12 +57,26 @@ def _readable(t: Tensor, p: Problem) -> Tensor:
 
 
 def _run(pass_, p, x, dy, w, bias, out, dw, on_load=None, sums=None):
-    relu = None if on_load is None else on_load[3]
-    call = _call(pass_, p, torch.get_num_threads(), relu)
+    call = _call(pass_, p, torch.get_num_threads(), None if on_load is None else on_load[3])
+    call(*_arguments(call, p, x, dy, w, bias, out, dw, on_load, sums))
+
+
+def prepared_fprop(p: Problem, x: Tensor, w: Tensor, y: Tensor) -> Callable[[], None]:
+    """The kernel alone, for benchmarks: y from x and w, all of them dense."""
+    call = _call(_FPROP, p, torch.get_num_threads())
+    arguments = _arguments(call, p, x, None, w, None, y, None)
+
+    def kernel(held=(x, w, y, _held.workspace)) -> None:
+        call(*arguments)
+
+    return kernel
+
+
+def _arguments(call, p, x, dy, w, bias, out, dw, on_load=None, sums=None):
     workspace = _workspace(call.workspace_bytes)
     center, scale, shift = on_load[:3] if on_load is not None else (None, None, None)
     dscale, dshift = sums if sums is not None else (None, None)
-    call(
+    return (
         *_located(x, p),
         *_located(dy, p),
         _pointer(w),
