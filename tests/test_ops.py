@@ -202,6 +202,24 @@ def test_deterministic_for_any_number_of_threads(layout, count, threads):
     check_all_maps(case, torch.float32, layout)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
+def test_outputs_beyond_the_caches(layout, isa):
+    """Above 24 MB, whole cache lines of float32 are written past the caches, and wgrad walks memory another way."""
+    torch.use_deterministic_algorithms(False)  # the outputs are of recycled memory, then, which begins at a line
+    case = Shape(1, 32, 455, 450, 3, 3, pad=(1, 1, 1, 1))
+    x, dy = (dense(case.x_sizes, torch.float32, seed).contiguous(memory_format=layout) for seed in (0, 1))
+    w, bias = dense(case.w_sizes, torch.float32, 2), dense((case.C,), torch.float32, 3)
+    truth = torch_results(case, *(t.double() for t in (x, w, bias, dy)))
+    theirs = torch_results(case, x, w, bias, dy)
+    fused = ops.dgrad_wgrad(dy, x, w, *case.geometry)
+    dx = ops.dgrad(dy, w, x.shape, *case.geometry)
+    ours = [ops.fprop(x, w, bias, *case.geometry), dx, ops.wgrad(dy, x, w.shape, *case.geometry)]
+    for i, name in enumerate(("fprop", "dgrad", "wgrad")):
+        assert_no_worse_than_torch(ours[i], theirs[i], truth[i], name)
+    assert_no_worse_than_torch(fused[0], theirs[1], truth[1], "dgrad_wgrad dx")
+    assert_no_worse_than_torch(fused[1], theirs[2], truth[2], "dgrad_wgrad dw")
+
+
 def test_more_than_2_to_the_31_elements():
     if torch.iinfo(torch.int64).max < 2**31 or _free_memory() < 12e9:
         pytest.skip(f"needs 12 GB of free memory, there are {_free_memory() / 1e9:.1f}")

@@ -3,13 +3,18 @@
 constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
 
 // Past the caches, for outputs that would not stay in them: a line that is written whole need not be read first.
-// `p` is aligned to the vector.
+// `p` is aligned to the vector.  Such stores are ordered by finish_streaming alone.
 template <int L, class T>
 inline void stream(T* p, vec<acc_t<T>, L> value) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) * L == 64) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)value);
 #endif
   store<L>(p, value);
+}
+inline void finish_streaming() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 // The outputs that one vector of channels computes at a time: as many rows of four as leave registers for the pixels of
@@ -37,8 +42,9 @@ inline T* bytes_on(T* p, ptrdiff_t bytes) {
 }
 
 // Filter rows of kTaps neighbours; outputs lie kStep pixels apart in both directions.  Makes `rows` x kCols outputs,
-// with at most as many rows as a tile has.  `in` is the pixel that tap (0, 0) of output (0, 0) meets: its position is
-// (row, col). kSquare: a whole tile and a square filter, so that which taps a row of pixels meets is known in advance.
+// with at most as many rows as a tile has.  `in` is the pixel that tap (0, 0) of output (0, 0) meets, at (row, col).
+//
+// kSquare: a whole tile and a square filter, so that which taps a row of pixels meets is known in advance.
 // kBorder: some columns of pixels may not exist.
 template <class T, int kTaps, int kStep, int kCols, bool kSquare, bool kBorder>
 inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, int rows, const acc_t<T>* w,
@@ -155,9 +161,9 @@ void conv_dense(const Conv<acc_t<T>>& args) {
     // Larger filters do enough with a pixel as it is.
     const bool square = kTaps == 3 && rows == kRows && c.tap_rows == 3;
     for_columns(c.cols, c.init != nullptr, [&](auto cols, int j) {  // adding to out twice would count twice
-      constexpr int kCols = cols.value;
+      constexpr int kCols = cols.value, kAtBorder = kCols < 4;      // narrow tiles come at borders, mostly
       const int col = c.in.first_col + j * kStep;
-      const bool border = kCols < 4 || col < 0 || col + (kCols - 1) * kStep + kTaps > c.in.cols;
+      const bool border = kAtBorder || col < 0 || col + (kCols - 1) * kStep + kTaps > c.in.cols;
       const T* in = static_cast<const T*>(c.in.data) + row * c.in.row + col * c.in.pixel;
       T* out = static_cast<T*>(c.out) + i * c.out_row + j * c.out_pixel;
       const auto channels = [&](auto is_square, auto is_border) {
@@ -174,11 +180,12 @@ void conv_dense(const Conv<acc_t<T>>& args) {
       };
       if constexpr (kTaps == 3) {
         if (square)
-          return border ? channels(constant<1>{}, constant<1>{}) : channels(constant<1>{}, constant < kCols<4>{});
+          return border ? channels(constant<1>{}, constant<1>{}) : channels(constant<1>{}, constant<kAtBorder>{});
       }
-      border ? channels(constant<0>{}, constant<1>{}) : channels(constant<0>{}, constant < kCols<4>{});
+      border ? channels(constant<0>{}, constant<1>{}) : channels(constant<0>{}, constant<kAtBorder>{});
     });
   }
+  if (c.stream) finish_streaming();
 }
 
 // Any taps: four outputs of a row share a weight, and load their own pixels.

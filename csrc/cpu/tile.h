@@ -2,8 +2,9 @@
 // channels.
 //
 // Whole blocks of NHWC are read from and written to the tensors directly.  NCHW, a block that the channels do not fill,
-// a channel multiplier and a function on load go through staged tiles that fit into the nearest caches. Bytes: x (or
-// dy) once, plus the halo between tiles from the second-level cache; y (or dx) once.
+// a channel multiplier and a function on load go through staged tiles that fit into the nearest caches.
+//
+// Bytes: x (or dy) once, plus the halo between tiles from the second-level cache; y (or dx) once.
 #pragma once
 
 #include "call.h"
