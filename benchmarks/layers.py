@@ -1,6 +1,6 @@
 """Depthwise convolutions layer by layer: xsep beside torch in one process, on every depthwise layer of four networks.
 
-    python benchmarks/layers.py                               # all of it; about half an hour on 2 cores
+    python benchmarks/layers.py                               # all of it; a few minutes on 2 cores
     python benchmarks/layers.py --networks xception --batch-sizes 4 --layouts nhwc --passes fprop
 
 A row is one pass (fprop, dgrad, wgrad, or dgrad_wgrad: both gradients) of one layer at one batch size, as users call

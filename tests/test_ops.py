@@ -221,7 +221,7 @@ def test_outputs_beyond_the_caches(layout, isa):
 
 
 def test_more_than_2_to_the_31_elements():
-    if torch.iinfo(torch.int64).max < 2**31 or _free_memory() < 12e9:
+    if _free_memory() < 12e9:
         pytest.skip(f"needs 12 GB of free memory, there are {_free_memory() / 1e9:.1f}")
     extent = 46342  # its square is above 2^31
     torch.use_deterministic_algorithms(False)  # filling the output with NaN first would only take time
