@@ -58,7 +58,7 @@ def print_header(found: dict[str, str]) -> None:
 
 
 class Times(NamedTuple):
-    """Seconds per call: the median of the samples, and the middle half of them."""
+    """Seconds per call: the median of the samples, and the 20th and 80th percentile."""
 
     median: float
     low: float
@@ -66,15 +66,15 @@ class Times(NamedTuple):
 
     @property
     def spread(self) -> float:
-        """Half the width of the middle half, relative to the median."""
+        """Half the distance between the percentiles, relative to the median."""
         return (self.high - self.low) / 2 / self.median
 
 
 def times(samples: Sequence[float]) -> Times:
     if len(samples) < 2:
         return Times(samples[0], samples[0], samples[0])
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return Times(median, low, high)
+    tenths = statistics.quantiles(samples, n=10, method="inclusive")
+    return Times(tenths[4], tenths[1], tenths[7])
 
 
 def interleaved(
@@ -104,16 +104,36 @@ def interleaved(
     return {name: times(values) for name, values in found.items()}
 
 
-def copy_bandwidth(megabytes: int = 256) -> float:
+def gpu_interleaved(variants: dict[str, Callable[[], object]], samples: int) -> dict[str, Times]:
+    """As ``interleaved``, on the current GPU: each call between CUDA events, with cold caches."""
+    other = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    found: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in variants}
+    for i in range(samples + 3):  # the first three choose algorithms and fill the allocator
+        for name, call in variants.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            other.zero_()
+            start.record()
+            call()
+            end.record()
+            if i >= 3:
+                found[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: times([a.elapsed_time(b) * 1e-3 for a, b in events]) for name, events in found.items()}
+
+
+def copy_bandwidth(device: str = "cpu", megabytes: int = 256) -> float:
     """Bytes per second, read and written, of ``torch.Tensor.copy_`` between arrays beyond every cache."""
-    source = torch.ones(megabytes << 18)
+    source = torch.ones(megabytes << 18, device=device)
     target = torch.zeros_like(source)
-    seconds = interleaved({"copy": lambda: target.copy_(source)}, 15, 0.0, 2.0)["copy"].median
-    return 2 * source.numel() * source.element_size() / seconds
+    call = {"copy": lambda: target.copy_(source)}
+    measured = interleaved(call, 15, 0.0, 2.0) if device == "cpu" else gpu_interleaved(call, 15)
+    return 2 * source.numel() * source.element_size() / measured["copy"].median
 
 
-def last_level_cache() -> int:
+def last_level_cache(device: str = "cpu") -> int:
     """Bytes of the last-level cache, 32 MB where the system does not tell."""
+    if device != "cpu":
+        return getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 32 << 20)
     for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE"):
         try:
             if os.sysconf(name) > 0:

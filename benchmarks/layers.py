@@ -5,7 +5,8 @@
 
 A row is one pass (fprop, dgrad, wgrad, or dgrad_wgrad: both gradients) of one layer at one batch size, as users call
 it: outputs are allocated by every call.  torch's side is F.conv2d and the aten operator behind its backward, in the
-same layout.  GB/s counts each input read once and each output written once; "of copy" divides it by the bandwidth of
+same layout; on a GPU the faster of cuDNN, which tries its algorithms first, and ATen's own kernels, with cold caches.
+GB/s counts each input read once and each output written once; "of copy" divides it by the bandwidth of
 tensor.copy_ measured just before, also read plus write.
 """
 
@@ -34,7 +35,7 @@ COPY_TARGET = 0.85  # of the copy bandwidth, on rows beyond the last-level cache
 ops = torch.ops.xsep
 
 
-def tensors(shape: Shape, dtype: torch.dtype, layout: str):
+def tensors(shape: Shape, dtype: torch.dtype, layout: str, device: str = "cpu"):
     """x, w, dy with their memory written, in one layout."""
     generator = torch.Generator().manual_seed(0)
     P, Q = (
@@ -42,10 +43,10 @@ def tensors(shape: Shape, dtype: torch.dtype, layout: str):
         for extent, pad, kernel, stride in zip((shape.H, shape.W), shape.pad[::2], (shape.R, shape.S), shape.stride)
     )
     x, dy = (
-        torch.randn(sizes, generator=generator).to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        torch.randn(sizes, generator=generator).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
         for sizes in (shape.x_sizes, (shape.N, shape.C * shape.M, P, Q))
     )
-    return x, torch.randn(shape.w_sizes, generator=generator).to(dtype), dy
+    return x, torch.randn(shape.w_sizes, generator=generator).to(device, dtype), dy
 
 
 def calls(shape: Shape, name: str, x, w, dy):
@@ -88,9 +89,22 @@ def moved_bytes(name: str, x, w, dy) -> int:
     }[name]
 
 
-def check(shape: Shape, name: str, dtype: torch.dtype, layout: str) -> None:
+def measure(variants, device: str, samples: int, max_seconds: float) -> dict[str, common.Times]:
+    """On a GPU "torch" lets cuDNN try its algorithms, and "aten" is torch without cuDNN."""
+    if device == "cpu":
+        return common.interleaved(variants, samples, 2e-3, max_seconds)
+
+    def without_cudnn():
+        with torch.backends.cudnn.flags(enabled=False):
+            return variants["torch"]()
+
+    with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        return common.gpu_interleaved({**variants, "aten": without_cudnn}, samples)
+
+
+def check(shape: Shape, name: str, dtype: torch.dtype, layout: str, device: str = "cpu") -> None:
     """Holds one image's result against float64, by the tolerance rule.  Raises ``AssertionError``."""
-    x, w, dy = tensors(shape._replace(N=1), dtype, layout)
+    x, w, dy = tensors(shape._replace(N=1), dtype, layout, device)
     found = calls(shape._replace(N=1), name, x, w, dy)
     truth = calls(shape._replace(N=1), name, x.double(), w.double(), dy.double())["torch"]()
     with torch.no_grad():
@@ -182,6 +196,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 16], metavar="N")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     parser.add_argument("--dtype", choices=common.DTYPES, default="float32")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: cuda if torch can use a GPU")  # fmt: skip
     parser.add_argument("--samples", type=int, default=11, help="per variant and row (default 11)")
     parser.add_argument("--max-seconds", type=float, default=1.5, help="spent on a row after its third sample")
     parser.add_argument("--results-file", type=Path, help="written when done")
@@ -192,6 +208,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--batch-sizes must be at least 1; got {args.batch_sizes}")
     if args.samples < 1:
         parser.error(f"--samples must be at least 1; got {args.samples}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU that it can use")
     return args
 
 
@@ -203,10 +221,11 @@ def measure_all(
     dtype: torch.dtype = torch.float32,
     samples: int = 11,
     max_seconds: float = 1.5,
+    device: str = "cpu",
 ) -> list[dict]:
     """Checks, times and prints every row; the numerics of a layer are checked before its first timing."""
-    copy = common.copy_bandwidth()
-    cache = common.last_level_cache()
+    copy = common.copy_bandwidth(device)
+    cache = common.last_level_cache(device)
     print(f"copy bandwidth {copy / 1e9:.1f} GB/s, last-level cache {cache >> 20} MB\n")
     print(f"{'':62s} {'ms':>9s} {'torch ms':>9s} {'spread':>6s} {'GB/s':>6s} {'of copy':>7s} {'ratio':>6s}")
     work = [
@@ -218,13 +237,14 @@ def measure_all(
         for batch in batch_sizes
     ]
     rows = []
-    with torch.no_grad(), xsep.backend("cpu"), tqdm(work, unit="row", disable=None) as progress:
+    with torch.no_grad(), xsep.backend(device), tqdm(work, unit="row", disable=None) as progress:
         for network, shape, layout, name in progress:
             if shape.N == batch_sizes[0]:
-                check(shape, name, dtype, layout)
-            x, w, dy = tensors(shape, dtype, layout)
-            measured = common.interleaved(calls(shape, name, x, w, dy), samples, 2e-3, max_seconds)
-            ours, theirs = measured["xsep"], measured["torch"]
+                check(shape, name, dtype, layout, device)
+            x, w, dy = tensors(shape, dtype, layout, device)
+            measured = measure(calls(shape, name, x, w, dy), device, samples, max_seconds)
+            ours = measured.pop("xsep")
+            theirs = min(measured.values())
             moved = moved_bytes(name, x, w, dy)
             row = {
                 "network": network,
@@ -238,6 +258,7 @@ def measure_all(
                 "stride": shape.stride[0],
                 "ms": ours.median * 1e3,
                 "torch_ms": theirs.median * 1e3,
+                **({"aten_ms": measured["aten"].median * 1e3} if "aten" in measured else {}),
                 "spread": ours.spread,
                 "torch_spread": theirs.spread,
                 "bytes": moved,
@@ -253,14 +274,15 @@ def measure_all(
             )
     print()
     print("\n".join(summary(rows)))
-    beyond, target = overhead() * 1e6, OVERHEAD_TARGET * 1e6
-    print(f"xsep.depthwise_conv2d takes {beyond:.1f} us beyond its kernel (target {target:.0f} us)")
+    if device == "cpu":
+        beyond, target = overhead() * 1e6, OVERHEAD_TARGET * 1e6
+        print(f"xsep.depthwise_conv2d takes {beyond:.1f} us beyond its kernel (target {target:.0f} us)")
     return rows
 
 
 def main() -> None:
     args = parse()
-    found = common.header(dtype=args.dtype)
+    found = common.header(args.device, dtype=args.dtype)
     common.print_header(found)
     rows = measure_all(
         args.networks,
@@ -270,6 +292,7 @@ def main() -> None:
         common.DTYPES[args.dtype],
         args.samples,
         args.max_seconds,
+        args.device,
     )
     if args.results_file:
         common.write_results(args.results_file, args.results_format, found, rows)

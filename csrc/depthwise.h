@@ -1,4 +1,5 @@
-// The C++ interface of the CPU kernels: raw pointers, element strides, a caller's workspace.
+// One call of a pass, for every backend, and the C++ interface of the CPU kernels: raw pointers, element strides, a
+// caller's workspace.
 //
 // x is (N, C, H, W), w is (C*M, 1, R, S) and contiguous, y is (N, C*M, P, Q).  Inputs may be slices: in NHWC their
 // channel stride is 1, in NCHW their column stride is 1, the other strides are free.  Kernels allocate nothing that
@@ -29,8 +30,6 @@ struct OnLoad {
   bool any() const { return relu || center != nullptr; }
 };
 
-namespace cpu {
-
 // kDgradWgrad reads dy and x once and writes dx and dw.
 enum class Pass : int { kFprop = 0, kDgrad = 1, kWgrad = 2, kDgradWgrad = 3 };
 
@@ -49,9 +48,11 @@ struct DepthwiseArgs {
   void* dw = nullptr;          // contiguous
   void* dscale = nullptr;      // with on_load vectors: C numbers of the accumulation type, sum of du * (x - center)
   void* dshift = nullptr;      // likewise, sum of du, where du is the gradient with respect to scale*(x-center)+shift
-  void* workspace = nullptr;   // workspace_bytes(), aligned to 64
-  int threads = 1;
+  void* workspace = nullptr;   // workspace_bytes() of the backend, aligned to 64
+  int threads = 1;             // of the CPU
 };
+
+namespace cpu {
 
 int64_t workspace_bytes(const DepthwiseArgs& args);
 void depthwise(const DepthwiseArgs& args);

@@ -1,11 +1,20 @@
-"""Uninitialised memory is NaN in every test: an output element that a kernel does not write shows."""
+"""Uninitialised memory is NaN in every test: what a kernel does not write shows.  And the backends under test."""
+
+import os
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import settings
 
+import xsep
+from xsep.ops import cpu
+from xsep.ops.backends import BACKENDS
+
 settings.register_profile("xsep", deadline=None, derandomize=True)
 settings.load_profile("xsep")
+
+CUDA = ("cuda-emulated", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
 @pytest.fixture(autouse=True)
@@ -21,3 +30,48 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["cpu", *CUDA])
+def backend(request):
+    """Each backend of our own kernels, forced; its ``device`` is where tensors have to be."""
+    with running(request.param) as found:
+        yield found
+
+
+@pytest.fixture(params=[*(f"cpu {isa}" for isa in cpu._C.isas()), *CUDA])
+def kernels(request):
+    """``backend``, the CPU's with each instruction set."""
+    name, *isa = request.param.split()
+    before = cpu._C.current_isa()
+    with running(name) as found:
+        cpu._C.set_isa(isa[0] if isa else before)
+        yield found
+        cpu._C.set_isa(before)
+
+
+@pytest.fixture(params=CUDA)
+def cuda(request):
+    """The backends of the CUDA kernels, forced."""
+    with running(request.param) as found:
+        yield found
+
+
+@contextmanager
+def running(name):
+    """Forces a backend, or skips the test where it cannot run."""
+    found = BACKENDS[name]
+    if name == "cuda-emulated" and found.why_absent() is not None:
+        # Where the tests' environment asks for the module, not having it is a failure.
+        end = pytest.fail if os.environ.get("XSEP_EMULATE_CUDA") == "1" else pytest.skip
+        end(f"install with XSEP_EMULATE_CUDA=1 in the environment: {found.why_absent()}")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device that torch can use")
+        if found.why_absent() is not None:
+            pytest.skip(found.why_absent())
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            False  # torch's error is the yardstick
+        )
+    with xsep.backend(name):
+        yield found

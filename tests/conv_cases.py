@@ -14,15 +14,15 @@ LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 @st.composite
-def cases(draw):
+def cases(draw, largest=45):
     """Small problems of every kind: tails of vectors and tiles, strides, dilations, asymmetric and large padding."""
     kernel = st.sampled_from([1, 2, 3, 3, 3, 4, 5, 5, 7, 9])
     R, S = draw(kernel), draw(kernel)
     stride = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     dilation = (draw(st.sampled_from([1, 1, 1, 2, 3])), draw(st.sampled_from([1, 1, 1, 2, 3])))
     pad = tuple(draw(st.integers(0, 4)) for _ in range(4))
-    H = draw(st.integers(max(1, dilation[0] * (R - 1) + 1 - pad[0] - pad[1]), 45))
-    W = draw(st.integers(max(1, dilation[1] * (S - 1) + 1 - pad[2] - pad[3]), 45))
+    H = draw(st.integers(max(1, dilation[0] * (R - 1) + 1 - pad[0] - pad[1]), largest))
+    W = draw(st.integers(max(1, dilation[1] * (S - 1) + 1 - pad[2] - pad[3]), largest))
     return Shape(
         N=draw(st.integers(0, 3)),
         C=draw(st.sampled_from([1, 2, 3, 8, 15, 16, 17, 24, 32, 33, 64])),
@@ -37,18 +37,18 @@ def cases(draw):
     )
 
 
-def sliced(sizes, dtype, memory_format, seed, mean=0.0):
+def sliced(sizes, dtype, memory_format, seed, mean=0.0, device="cpu"):
     """A random tensor that is a slice of a larger one: offset in every axis, with strides of its own."""
     generator = torch.Generator().manual_seed(seed)
     N, C, H, W = sizes
     larger = torch.randn((N + 1, C + 3, H + 2, W + 3), generator=generator, dtype=torch.float64) + mean
-    larger = larger.to(dtype).contiguous(memory_format=memory_format)
+    larger = larger.to(device, dtype).contiguous(memory_format=memory_format)
     return larger[1:, 1 : C + 1, 1 : H + 1, 2 : W + 2]
 
 
-def dense(sizes, dtype, seed):
+def dense(sizes, dtype, seed, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(sizes, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def torch_results(case, x, w, bias, dy):
@@ -85,9 +85,9 @@ def true_results(case, x, w, bias, dy):
 
 def wide(t):
     """A tensor as an array of long doubles."""
-    return t if isinstance(t, np.ndarray) else t.detach().double().numpy().astype(np.longdouble)
+    return t if isinstance(t, np.ndarray) else t.detach().double().cpu().numpy().astype(np.longdouble)
 
 
-def rounded(arrays):
+def rounded(arrays, device="cpu"):
     """Arrays of long doubles as float64 tensors."""
-    return [torch.from_numpy(np.asarray(a, dtype=np.float64)) for a in arrays]
+    return [torch.from_numpy(np.asarray(a, dtype=np.float64)).to(device) for a in arrays]

@@ -10,7 +10,7 @@ def results(model, x):
     x = x.detach().requires_grad_()
     y = model(x)
     # Exact in every dtype, and mostly of one sign: where sums cancel, the better result is a matter of luck.
-    weights = (torch.arange(y.numel()) % 7 - 2).to(y.dtype).view(y.shape)
+    weights = (torch.arange(y.numel(), device=y.device) % 7 - 2).to(y.dtype).view(y.shape)
     return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *model.parameters()])]
 
 

@@ -34,12 +34,12 @@ def test_info():
         "CPU instruction sets",
         "in use:",
         "CUDA kernels",
-        "not built",
+        "CUDA emulated",
         "torch",
         "cpu   float16",
     ):
         assert word in out
-    assert "no CUDA kernels" in out and "no Triton kernels" in out
+    assert "no Triton kernels" in out
 
 
 SMALL = ("--batch-size", 2, "--img-size", 75, "--num-warm-iter", 1, "--num-bench-iter", 2)

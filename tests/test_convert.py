@@ -31,10 +31,10 @@ def is_depthwise(module):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_keep_their_results(name):
+def test_models_keep_their_results(name, backend):
     make, extents, count = MODELS[name]
     torch.manual_seed(0)
-    theirs = make().eval()
+    theirs = make().eval().to(backend.device)
     ours = copy.deepcopy(theirs)
     parameters, state, lines = list(ours.parameters()), list(ours.state_dict()), []
     assert xsep.convert(ours, report=lines.append) is ours
@@ -43,7 +43,7 @@ def test_models_keep_their_results(name):
     assert len(depthwise) == count and all(type(module) is DepthwiseConv2d for module in depthwise)
     assert all(p is q for p, q in zip(ours.parameters(), parameters)) and list(ours.state_dict()) == state
 
-    x = torch.randn(2, 3, *extents)
+    x = torch.randn(2, 3, *extents, device=backend.device)
     truth = results(copy.deepcopy(theirs).double(), x.double())
     (y, *grads), (torch_y, *torch_grads), (true_y, *true_grads) = results(ours, x), results(theirs, x), truth
     assert_no_worse_than_torch(y, torch_y, true_y, name)

@@ -21,9 +21,9 @@ def cmake(name):
 def test_cpp(options, tmp_path):
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for ninja
     for command in (
-        [cmake("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), *options],
+        [cmake("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), "-DXSEP_EMULATE_CUDA=ON", *options],
         [cmake("cmake"), "--build", str(tmp_path)],
-        [cmake("ctest"), "--test-dir", str(tmp_path), "--output-on-failure"],
+        [cmake("ctest"), "--test-dir", str(tmp_path), "--output-on-failure", "--parallel", "2"],
     ):
         run = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]

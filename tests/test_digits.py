@@ -21,12 +21,12 @@ def torch_separable(in_channels, out_channels):
     )
 
 
-def accuracy(separable):
+def accuracy(separable, device):
     """Test accuracy after training with ``separable`` layers, from a fixed seed."""
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
-    labels = torch.tensor(digits.target)
-    train, test = train_test_split(torch.arange(len(labels)), test_size=0.3, random_state=0, stratify=labels)
+    images = torch.tensor(digits.images, dtype=torch.float32, device=device).unsqueeze(1) / 8 - 1
+    labels = torch.tensor(digits.target, device=device)
+    train, test = train_test_split(torch.arange(len(labels)), test_size=0.3, random_state=0, stratify=digits.target)
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False),
@@ -42,7 +42,7 @@ def accuracy(separable):
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(64, 10),
-    )
+    ).to(device)
     epochs, batch = 15, 64
     optimizer = torch.optim.AdamW(net.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, epochs * (len(train) // batch))
@@ -58,8 +58,8 @@ def accuracy(separable):
         return (net(images[test]).argmax(1) == labels[test]).double().mean().item()
 
 
-def test_digits(threads):
+def test_digits(threads, backend):
     threads(1)
-    ours, theirs = accuracy(xsep_separable), accuracy(torch_separable)
+    ours, theirs = accuracy(xsep_separable, backend.device), accuracy(torch_separable, backend.device)
     assert ours >= 0.95
     assert ours == pytest.approx(theirs, abs=0.015)

@@ -88,22 +88,25 @@ def check(ours, theirs, x, what):
         assert_no_worse_than_torch(mine, yours, ref, what)
 
 
-@settings(max_examples=150)
-@given(arguments(), st.sampled_from(DTYPES), st.booleans())
-def test_depthwise_agrees_with_torch(drawn, dtype, channels_last):
-    options, shape = drawn
-    if options["padding_mode"] != "zeros":
-        # The gradient of F.pad adds rounded numbers in half precision: luck decides.
-        dtype = torch.float32
-    torch.manual_seed(0)
-    ours = DepthwiseConv2d(**options).to(dtype)
-    torch.manual_seed(0)
-    theirs = torch_layer(options).to(dtype)
-    x = torch.rand(shape).to(dtype)
-    if channels_last and x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    assert all(torch.equal(mine, yours) for mine, yours in zip(ours.parameters(), theirs.parameters()))
-    check(ours, theirs, x, f"{options} on {shape} in {dtype}")
+def test_depthwise_agrees_with_torch(backend):
+    @settings(max_examples=150 if backend.name == "cpu" else 75)
+    @given(arguments(), st.sampled_from(DTYPES), st.booleans())
+    def check_drawn(drawn, dtype, channels_last):
+        options, shape = drawn
+        if options["padding_mode"] != "zeros":
+            # The gradient of F.pad adds rounded numbers in half precision: luck decides.
+            dtype = torch.float32
+        torch.manual_seed(0)
+        ours = DepthwiseConv2d(**options).to(backend.device, dtype)
+        torch.manual_seed(0)
+        theirs = torch_layer(options).to(backend.device, dtype)
+        x = torch.rand(shape).to(backend.device, dtype)
+        if channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        assert all(torch.equal(mine, yours) for mine, yours in zip(ours.parameters(), theirs.parameters()))
+        check(ours, theirs, x, f"{options} on {shape} in {dtype}")
+
+    check_drawn()
 
 
 @pytest.mark.parametrize("padding", [0, (1, 2), "same"])
@@ -174,9 +177,9 @@ def test_an_input_of_other_channels_is_refused(shape, padding_mode):
 
 
 @pytest.mark.parametrize("padding", [1, (0, 1, 1, 0), "tf_same"])
-def test_copies(padding):
-    layer = SeparableConv2d(4, 6, 3, stride=2, padding=padding, activation="elu")
-    x = torch.randn(2, 4, 7, 8)
+def test_copies(padding, backend):
+    layer = SeparableConv2d(4, 6, 3, stride=2, padding=padding, activation="elu").to(backend.device)
+    x = torch.randn(2, 4, 7, 8, device=backend.device)
     buffer = io.BytesIO()
     torch.save(layer, buffer)
     buffer.seek(0)
@@ -197,10 +200,10 @@ def test_meta_device():
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_memory_format_is_kept(channels_last):
+def test_memory_format_is_kept(channels_last, backend):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(2, 8, 9, 7).contiguous(memory_format=memory_format).requires_grad_()
-    layer = SeparableConv2d(8, 16, 3, padding=1, activation="relu").to(memory_format=memory_format)
+    x = torch.randn(2, 8, 9, 7, device=backend.device).contiguous(memory_format=memory_format).requires_grad_()
+    layer = SeparableConv2d(8, 16, 3, padding=1, activation="relu").to(backend.device, memory_format=memory_format)
     y = layer(x)
     y.sum().backward()
     assert y.is_contiguous(memory_format=memory_format) and x.grad.is_contiguous(memory_format=memory_format)
@@ -208,25 +211,25 @@ def test_memory_format_is_kept(channels_last):
 
 @pytest.mark.parametrize("padding", [1, "tf_same"])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
-def test_tracing_and_compiling(padding, padding_mode):
+def test_tracing_and_compiling(padding, padding_mode, backend):
     model = nn.Sequential(SeparableConv2d(4, 6, 3, 2, padding, padding_mode=padding_mode), nn.ReLU())
-    x = torch.randn(2, 4, 9, 8)
+    model, x = model.to(backend.device), torch.randn(2, 4, 9, 8, device=backend.device)
     expected = model(x)
     assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
     assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
     assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
 
 
-def test_autocast():
-    layer = SeparableConv2d(4, 6, 3, padding=1)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(2, 4, 9, 8)).dtype == torch.bfloat16
+def test_autocast(backend):
+    layer = SeparableConv2d(4, 6, 3, padding=1).to(backend.device)
+    with torch.autocast(backend.device, torch.bfloat16):
+        assert layer(torch.randn(2, 4, 9, 8, device=backend.device)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("bias", [True, False, (True, False), (False, True)])
 @pytest.mark.parametrize("multiplier", [1, 3])
 @pytest.mark.parametrize("activation", [None, "relu", "elu", torch.tanh, nn.PReLU()])
-def test_separable_agrees_with_torch(bias, multiplier, activation):
+def test_separable_agrees_with_torch(bias, multiplier, activation, backend):
     class Tanh(nn.Module):
         def forward(self, x):
             return torch.tanh(x)
@@ -244,8 +247,9 @@ def test_separable_agrees_with_torch(bias, multiplier, activation):
     )
     assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters()))
-    check(ours, theirs, torch.rand(2, 5, 9, 8), f"{bias}, {multiplier}, {activation}")
-    assert ours(torch.randn(5, 9, 8)).dim() == 3
+    ours, theirs, x = ours.to(backend.device), theirs.to(backend.device), torch.rand(2, 5, 9, 8, device=backend.device)
+    check(ours, theirs, x, f"{bias}, {multiplier}, {activation}")
+    assert ours(x[0]).dim() == 3
 
 
 def test_parameter_names_of_separable():

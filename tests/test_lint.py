@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CPP = sorted(
-    str(f) for folder in ("csrc", "tests/cpp") for f in (ROOT / folder).rglob("*") if f.suffix in (".h", ".cpp")
+    str(f)
+    for folder in ("csrc", "tests/cpp")
+    for f in (ROOT / folder).rglob("*")
+    if f.suffix in (".h", ".cpp", ".cu", ".cuh")
 )
 
 

@@ -14,37 +14,27 @@ from xsep.shapes import NAMED, Shape
 from xsep.testing import assert_no_worse_than_torch
 
 ops = torch.ops.xsep
-ISAS = cpu._C.isas()
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = cpu._C.current_isa()
-    cpu._C.set_isa(request.param)
-    yield request.param
-    cpu._C.set_isa(before)
-
-
-def tensors(case, dtype, layout, seed=0, mean=0.0):
-    x = sliced(case.x_sizes, dtype, layout, seed, mean)
-    w, bias = dense(case.w_sizes, dtype, seed + 1), dense(case.w_sizes[:1], dtype, seed + 2)
+def tensors(case, dtype, layout, seed=0, mean=0.0, device="cpu"):
+    x = sliced(case.x_sizes, dtype, layout, seed, mean, device)
+    w, bias = dense(case.w_sizes, dtype, seed + 1, device), dense(case.w_sizes[:1], dtype, seed + 2, device)
     y_sizes = ops.fprop(x.to("meta"), w.to("meta"), None, *case.geometry).shape
-    return x, w, bias, sliced(y_sizes, dtype, layout, seed + 3, mean)
+    return x, w, bias, sliced(y_sizes, dtype, layout, seed + 3, mean, device)
 
 
-def check_all_maps(case, dtype, layout):
-    x, w, bias, dy = tensors(case, dtype, layout)
-    truth = rounded(true_results(case, x, w, bias, dy))
+def check_all_maps(case, dtype, layout, device):
+    x, w, bias, dy = tensors(case, dtype, layout, device=device)
+    truth = rounded(true_results(case, x, w, bias, dy), device)
     theirs = torch_results(case, x, w, bias, dy)
-    with xsep.backend("cpu"):
-        fused = ops.dgrad_wgrad(dy, x, w, *case.geometry)
-        results = {
-            "fprop": (ops.fprop(x, w, bias, *case.geometry), 0),
-            "dgrad": (ops.dgrad(dy, w, x.shape, *case.geometry), 1),
-            "wgrad": (ops.wgrad(dy, x, w.shape, *case.geometry), 2),
-            "dgrad_wgrad dx": (fused[0], 1),
-            "dgrad_wgrad dw": (fused[1], 2),
-        }
+    fused = ops.dgrad_wgrad(dy, x, w, *case.geometry)
+    results = {
+        "fprop": (ops.fprop(x, w, bias, *case.geometry), 0),
+        "dgrad": (ops.dgrad(dy, w, x.shape, *case.geometry), 1),
+        "wgrad": (ops.wgrad(dy, x, w.shape, *case.geometry), 2),
+        "dgrad_wgrad dx": (fused[0], 1),
+        "dgrad_wgrad dw": (fused[1], 2),
+    }
     for name, (ours, i) in results.items():
         assert ours.dtype == dtype
         assert_no_worse_than_torch(ours, theirs[i], truth[i], f"{name} of {case} in {dtype}, {layout}")
@@ -54,26 +44,26 @@ def check_all_maps(case, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(NAMED))
-def test_named_shapes(name, dtype, layout, isa):
-    check_all_maps(NAMED[name], dtype, layout)
+def test_named_shapes(name, dtype, layout, kernels):
+    check_all_maps(NAMED[name], dtype, layout, kernels.device)
 
 
-@settings(max_examples=150)
-@given(cases(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.sampled_from(ISAS))
-def test_drawn_shapes(case, dtype, layout, isa):
-    before = cpu._C.current_isa()
-    cpu._C.set_isa(isa)
-    try:
-        check_all_maps(case, dtype, layout)
-    finally:
-        cpu._C.set_isa(before)
+def test_drawn_shapes(kernels):
+    @settings(max_examples=50)
+    @given(cases(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS))
+    def check(case, dtype, layout):
+        check_all_maps(case, dtype, layout, kernels.device)
+
+    check()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_gradients_of_every_order(stride, layout):
-    case = Shape(2, 4, 6, 7, 3, 3, 2, (stride, stride), (0, 1, 2, 1), (1, 1))
-    x, w, bias, dy = tensors(case, torch.float64, layout)
+def test_gradients_of_every_order(stride, layout, backend):
+    # Double differences of every element call the operators thousands of times.
+    N, C = (2, 4) if backend.name == "cpu" else (1, 2)
+    case = Shape(N, C, 6, 7, 3, 3, 2, (stride, stride), (0, 1, 2, 1), (1, 1))
+    x, w, bias, dy = tensors(case, torch.float64, layout, device=backend.device)
     x, w, bias, dy = (t.detach().requires_grad_() for t in (x, w, bias, dy))
     maps = {
         "fprop": (lambda x, w, b: ops.fprop(x, w, b, *case.geometry), (x, w, bias)),
@@ -81,23 +71,22 @@ def test_gradients_of_every_order(stride, layout):
         "wgrad": (lambda dy, x: ops.wgrad(dy, x, case.w_sizes, *case.geometry), (dy, x)),
         "dgrad_wgrad": (lambda dy, x, w: ops.dgrad_wgrad(dy, x, w, *case.geometry), (dy, x, w)),
     }
-    with xsep.backend("cpu"):
-        for name, (f, inputs) in maps.items():
-            assert torch.autograd.gradcheck(f, inputs), name
-            assert torch.autograd.gradgradcheck(f, inputs), name
+    for name, (f, inputs) in maps.items():
+        assert torch.autograd.gradcheck(f, inputs), name
+        assert torch.autograd.gradgradcheck(f, inputs), name
 
-        def third(x, w):
-            y = ops.fprop(x, w, None, *case.geometry)
-            return torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)[0]
+    def third(x, w):
+        y = ops.fprop(x, w, None, *case.geometry)
+        return torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)[0]
 
-        assert torch.autograd.gradgradcheck(third, (x, w))
+    assert torch.autograd.gradgradcheck(third, (x, w))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("multiplier", [1, 2])
-def test_opcheck(layout, multiplier):
+def test_opcheck(layout, multiplier, backend):
     case = Shape(2, 4, 6, 8, 3, 3, multiplier, (2, 2), (0, 1, 0, 1), (1, 1))
-    x, w, bias, dy = tensors(case, torch.float32, layout)
+    x, w, bias, dy = tensors(case, torch.float32, layout, device=backend.device)
     x, w, bias, dy = (t.detach().requires_grad_() for t in (x, w, bias, dy))
     for op, args in (
         (ops.fprop.default, (x, w, bias)),
@@ -110,15 +99,23 @@ def test_opcheck(layout, multiplier):
         assert set(results.values()) == {"SUCCESS"}, (op, results)
 
 
-@settings(max_examples=60)
-@given(cases(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans(), st.sampled_from(ISAS))
-def test_function_on_load(case, dtype, layout, relu, isa):
+def test_function_on_load(kernels):
     """relu(scale * (x - center) + shift) on load; padding stays zeros of the result; gradients through all of it."""
+
+    @settings(max_examples=30)
+    @given(cases(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS), st.booleans())
+    def check(case, dtype, layout, relu):
+        check_on_load(case, dtype, layout, relu, kernels)
+
+    check()
+
+
+def check_on_load(case, dtype, layout, relu, kernels):
     # Mostly of one sign, so that the sums over an image do not cancel: whose rounding is luckier would decide there.
-    x, w, _, dy = tensors(case, dtype, layout, mean=2.0)
+    x, w, _, dy = tensors(case, dtype, layout, mean=2.0, device=kernels.device)
     w = w.abs()
     vector = torch.float64 if dtype == torch.float64 else torch.float32
-    center, scale, shift = (dense((case.C,), vector, seed) for seed in (11, 12, 13))
+    center, scale, shift = (dense((case.C,), vector, seed, kernels.device) for seed in (11, 12, 13))
 
     def in_torch():
         leaves = [t.detach().to(vector).clone().requires_grad_() for t in (x, w, center, scale, shift)]
@@ -140,19 +137,14 @@ def test_function_on_load(case, dtype, layout, relu, isa):
         y, du, dw = true_results(case, u * passes, w, torch.zeros(case.w_sizes[0]), dy)
         du = du * passes
         dscale, dshift = (du * centered).sum((0, 2, 3)), du.sum((0, 2, 3))
-        return rounded([y, du * s, dw, -wide(scale) * dshift, dscale, dshift])
+        return rounded([y, du * s, dw, -wide(scale) * dshift, dscale, dshift], kernels.device)
 
     nhwc = layout == torch.channels_last and case.C > 0 and x.stride(3) != 1
-    p = Problem("cpu", dtype, nhwc, case.x_sizes, case.w_sizes, *case.geometry)
+    p = Problem(x.device.type, dtype, nhwc, case.x_sizes, case.w_sizes, *case.geometry, x.get_device())
     on_load = (center, scale, shift, relu)
-    before = cpu._C.current_isa()
-    cpu._C.set_isa(isa)
-    try:
-        y = cpu.fprop(p, x, w, None, on_load)
-        dw = cpu.wgrad(p, dy, x, on_load)
-        dx, fused_dw, dscale, dshift = cpu.dgrad_wgrad_on_load(p, dy, x, w, on_load)
-    finally:
-        cpu._C.set_isa(before)
+    y = kernels.fprop(p, x, w, None, on_load)
+    dw = kernels.wgrad(p, dy, x, on_load)
+    dx, fused_dw, dscale, dshift = kernels.dgrad_wgrad_on_load(p, dy, x, w, on_load)
     ours = [y, dx, fused_dw, -scale * dshift, dscale, dshift]
     truth = in_long_double()
     theirs = [t.to(o.dtype) for t, o in zip(in_torch(), ours)]  # torch in float32, rounded once as our outputs are
@@ -163,12 +155,12 @@ def test_function_on_load(case, dtype, layout, relu, isa):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
-def test_layout_follows_the_input(layout):
-    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=layout).requires_grad_()
-    w = torch.randn(8, 1, 3, 3, requires_grad=True)
+def test_layout_follows_the_input(layout, backend):
+    x = torch.randn(2, 8, 9, 9, device=backend.device).contiguous(memory_format=layout).requires_grad_()
+    w = torch.randn(8, 1, 3, 3, device=backend.device, requires_grad=True)
     y = xsep.depthwise_conv2d(x, w, padding=1)
     assert y.is_contiguous(memory_format=layout)
-    for grad in (torch.randn(y.shape), torch.randn(y.shape).contiguous(memory_format=torch.channels_last)):
+    for grad in (torch.randn_like(y), torch.randn_like(y).contiguous(memory_format=torch.channels_last)):
         dx, dw = torch.autograd.grad(y, (x, w), grad, retain_graph=True)
         assert dx.is_contiguous(memory_format=layout) and dw.is_contiguous()
         expected = torch.autograd.grad(torch.nn.functional.conv2d(x, w, padding=1, groups=8), (x, w), grad)
@@ -176,9 +168,9 @@ def test_layout_follows_the_input(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
-def test_expanded_and_permuted_gradients(layout):
-    x = torch.randn(2, 8, 6, 5).contiguous(memory_format=layout).requires_grad_()
-    w = torch.randn(8, 1, 3, 3, requires_grad=True)
+def test_expanded_and_permuted_gradients(layout, backend):
+    x = torch.randn(2, 8, 6, 5, device=backend.device).contiguous(memory_format=layout).requires_grad_()
+    w = torch.randn(8, 1, 3, 3, device=backend.device, requires_grad=True)
     for reduce in (lambda y: y.sum(), lambda y: y.mean((2, 3)).sum(), lambda y: (y.permute(3, 2, 1, 0) ** 2).sum()):
         ours = torch.autograd.grad(reduce(xsep.depthwise_conv2d(x, w, padding=1)), (x, w))
         theirs = torch.autograd.grad(reduce(torch.nn.functional.conv2d(x, w, padding=1, groups=8)), (x, w))
@@ -199,11 +191,12 @@ def test_deterministic_for_any_number_of_threads(layout, count, threads):
     for _ in range(5):
         again = ops.dgrad_wgrad(dy, x, w, *case.geometry)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
-    check_all_maps(case, torch.float32, layout)
+    check_all_maps(case, torch.float32, layout, "cpu")
 
 
+@pytest.mark.parametrize("kernels", [f"cpu {isa}" for isa in cpu._C.isas()], indirect=True)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
-def test_outputs_beyond_the_caches(layout, isa):
+def test_outputs_beyond_the_caches(layout, kernels):
     """Above 24 MB, whole cache lines of float32 are written past the caches, and wgrad walks memory another way."""
     torch.use_deterministic_algorithms(False)  # the outputs are of recycled memory, then, which begins at a line
     case = Shape(1, 32, 455, 450, 3, 3, pad=(1, 1, 1, 1))

@@ -48,22 +48,22 @@ def reference(preset, **options):
 
 @pytest.mark.parametrize("preset", ["keras", "timm"])
 @pytest.mark.parametrize("extents", [(96, 96), (107, 118)])
-def test_agrees_with_timm(preset, extents):
-    theirs = reference(preset, num_classes=50).eval()
-    ours = xception(preset, num_classes=50).eval()
+def test_agrees_with_timm(preset, extents, backend):
+    theirs = reference(preset, num_classes=50).eval().to(backend.device)
+    ours = xception(preset, num_classes=50).eval().to(backend.device)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 3, *extents)
+    x = torch.randn(2, 3, *extents, device=backend.device)
     with torch.no_grad():
         assert_no_worse_than_torch(ours(x), theirs(x), theirs.double()(x.double()), preset)
     theirs.load_state_dict(ours.state_dict())
 
 
-def test_gradients_and_statistics_of_training_agree_with_timm():
-    theirs = reference("timm", num_classes=50)
-    ours = xception("timm", num_classes=50)
+def test_gradients_and_statistics_of_training_agree_with_timm(backend):
+    theirs = reference("timm", num_classes=50).to(backend.device)
+    ours = xception("timm", num_classes=50).to(backend.device)
     ours.load_state_dict(theirs.state_dict())
     exact = copy.deepcopy(theirs).double()
-    x = torch.randn(4, 3, 97, 97).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 97, 97, device=backend.device).contiguous(memory_format=torch.channels_last)
     grads = [results(ours, x), results(theirs, x), results(exact, x.double())]
     assert_all_no_worse_than_torch(*grads, "gradients")
     stats = [[b for name, b in m.named_buffers() if "running" in name] for m in (ours, theirs, exact)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .ops import backends
+from .ops import backends, cuda
 from .ops import cpu as cpu_backend
 from .ops.problem import Problem
 
@@ -29,7 +29,7 @@ def built() -> dict[str, str]:
     """What the installed binary is: compiler, instruction sets it can use here, CUDA."""
     found: dict[str, str] = {}
     if cpu_backend._C is None:
-        found["compiled module"] = f"missing: {cpu_backend._import_error}"
+        found["compiled module"] = cpu_backend._import_error
     else:
         module = cpu_backend._C
         found["compiled module"] = str(module.__file__)
@@ -37,6 +37,7 @@ def built() -> dict[str, str]:
         found["CPU instruction sets"] = f"{', '.join(module.isas())} (in use: {module.current_isa()})"
         found["large outputs"] = "recycled" if module.recycles() else "allocated by torch at every call"
         found["CUDA kernels"] = module.cuda
+        found["CUDA emulated"] = cuda.EMULATED.why_absent() or str(cuda.EMULATED.module.__file__)
     return found
 
 

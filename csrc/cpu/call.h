@@ -29,23 +29,19 @@ struct Call {
 template <class A>
 struct Scratch {
   Scratch(const Plan& plan, A* memory)
-      : x(memory), dy(x + plan.x_tile), out(dy + plan.dy_tile), sums(out + plan.out_tile) {}
+      : x(memory),
+        dy(x + plan.x_tile),
+        out(dy + plan.dy_tile),
+        planes(out + plan.out_tile),
+        sums(planes + plan.planes) {}
 
-  A *x, *dy, *out, *sums;
+  A *x, *dy, *out, *planes, *sums;
 };
 
 struct Item {
   int64_t image;
-  int row_tile, col_tile;
-  int block, blocks;  // first, count
-  bool staged;        // the row tile counts in plan.staged_rows
-};
-
-// The part of a tile that the tensor covers.
-struct Window {
-  Window(Span tile, int extent)
-      : lo(std::clamp(-tile.lo, 0, tile.size())), hi(std::clamp(extent - tile.lo, lo, tile.size())) {}
-  int lo, hi;
+  int row_tile, col_tile;  // rows count in plan.staged_rows unless the plan is direct
+  int block, blocks;       // first, count
 };
 
 template <class T>

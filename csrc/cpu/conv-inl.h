@@ -2,21 +2,6 @@
 
 constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
 
-// Past the caches, for outputs that would not stay in them: a line that is written whole need not be read first.
-// `p` is aligned to the vector.  Such stores are ordered by finish_streaming alone.
-template <int L, class T>
-inline void stream(T* p, vec<acc_t<T>, L> value) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) * L == 64) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)value);
-#endif
-  store<L>(p, value);
-}
-inline void finish_streaming() {
-#if defined(__AVX512F__)
-  _mm_sfence();
-#endif
-}
-
 // The outputs that one vector of channels computes at a time: as many rows of four as leave registers for the pixels of
 // one input row and a weight.  Every pixel is then loaded once for all the outputs that it belongs to.
 template <int kTaps, int kStep>
@@ -131,7 +116,7 @@ inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, in
 // Asks for `rows` x `cols` pixels that the rows below will need, as far as they exist, to come into the second-level
 // cache: channels lie apart by the pixel, which hardware prefetchers do not follow well.
 template <class T>
-inline void prefetch(const Pixels& x, int row, int rows, int col, int cols, int at) {
+inline void prefetch(const Pixels& x, int row, int rows, int col, int cols, ptrdiff_t at) {
   const int row_end = row + rows < x.rows ? row + rows : x.rows, col_end = col + cols < x.cols ? col + cols : x.cols;
   for (int h = row; h < row_end; ++h) {
     for (int k = col < 0 ? 0 : col; k < col_end; ++k) {
@@ -170,10 +155,11 @@ void conv_dense(const Conv<acc_t<T>>& args) {
         // Channels innermost: memory is walked in order.
         for (int b = 0; b < c.blocks; ++b) {
           for (int v = 0; v < kBlock<A>; v += kLanes<A>) {
-            const int at = b * kBlock<A> + v;
-            if (at % kLine == 0) prefetch<T>(c.in, below, kRows * kStep, col, kCols * kStep, at);
+            const int packed = b * kBlock<A> + v;
+            const ptrdiff_t at = b + 1 < c.blocks ? packed : c.last + v;
+            if (packed % kLine == 0) prefetch<T>(c.in, below, kRows * kStep, col, kCols * kStep, at);
             conv_tile<T, kTaps, kStep, kCols, is_square.value, is_border.value>(
-                c, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + at : nullptr,
+                c, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + packed : nullptr,
                 out + at);
           }
         }
@@ -190,8 +176,8 @@ void conv_dense(const Conv<acc_t<T>>& args) {
 
 // Any taps: four outputs of a row share a weight, and load their own pixels.
 template <class T, int kCols>
-inline void conv_any_tile(const Conv<acc_t<T>>& c, int row, int col, int at, const acc_t<T>* w, const acc_t<T>* init,
-                          T* out) {
+inline void conv_any_tile(const Conv<acc_t<T>>& c, int row, int col, ptrdiff_t at, const acc_t<T>* w,
+                          const acc_t<T>* init, T* out) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
   vec<A, L> acc[kCols];
@@ -223,9 +209,10 @@ void conv_any(const Conv<acc_t<T>>& args) {
       T* out = static_cast<T*>(c.out) + i * c.out_row + j * c.out_pixel;
       for (int b = 0; b < c.blocks; ++b) {
         for (int v = 0; v < kBlock<acc_t<T>>; v += kLanes<acc_t<T>>) {
-          const int at = b * kBlock<acc_t<T>> + v;
+          const int packed = b * kBlock<acc_t<T>> + v;
+          const ptrdiff_t at = b + 1 < c.blocks ? packed : c.last + v;
           conv_any_tile<T, cols.value>(c, row, col, at, c.weights + b * c.weights_step + v,
-                                       c.init ? c.init + at : nullptr, out + at);
+                                       c.init ? c.init + packed : nullptr, out + at);
         }
       }
     });

@@ -27,7 +27,7 @@ void pack(const Call<T>& call, int b) {
   const T* w = static_cast<const T*>(call.args.w);
   const T* bias = static_cast<const T*>(call.args.bias);
   for (int lane = 0; lane < plan.block; ++lane) {
-    const int64_t c = int64_t{b} * plan.block + lane;
+    const int64_t c = plan.first_channel(b) + lane;
     const bool exists = c < s.C;
     if (plan.packed_w) {
       A* dst = call.packed_w + int64_t{b} * plan.taps * plan.block + lane;
@@ -45,9 +45,10 @@ void pack(const Call<T>& call, int b) {
       const auto value = [&](const void* vector, A otherwise) {
         return vector && exists ? static_cast<const A*>(vector)[c] : otherwise;
       };
-      call.packed_affine[c] = value(call.args.on_load.center, 0);
-      call.packed_affine[each + c] = value(call.args.on_load.scale, 1);
-      call.packed_affine[2 * each + c] = value(call.args.on_load.shift, 0);
+      A* dst = call.packed_affine + int64_t{b} * plan.block + lane;
+      dst[0] = value(call.args.on_load.center, 0);
+      dst[each] = value(call.args.on_load.scale, 1);
+      dst[2 * each] = value(call.args.on_load.shift, 0);
     }
   }
 }
@@ -59,8 +60,9 @@ void reduce(const Call<T>& call, int b, const accumulate_t<T>* sums, int64_t str
   const Plan& plan = call.plan;
   T* dw = static_cast<T*>(call.args.dw);
   for (int lane = 0; lane < plan.block; ++lane) {
-    const int64_t c = int64_t{b} * plan.block + lane;
+    const int64_t c = plan.first_channel(b) + lane;
     if (c >= call.shape.C) return;
+    if (c < int64_t{b} * plan.block) continue;  // the block before has it
     const auto total = [&](int position) {
       const A* p = sums + b * plan.sums_per_block + int64_t{position} * plan.block + lane;
       A value = p[0];
@@ -94,15 +96,11 @@ void run_item(const Call<T>& call, Scratch<accumulate_t<T>>& scratch, int64_t i)
   const int64_t place = i / plan.rows.tiles / plan.groups;
   const int col_tile = static_cast<int>(place % plan.cols.tiles);
   const int64_t image = place / plan.cols.tiles;
-  int block = plan.first_block(group);
-  const int end = plan.first_block(group + 1), whole_end = std::min(end, plan.whole_blocks);
-  if (block < whole_end) {
-    Tile<T>(call, scratch, {image, row_tile, col_tile, block, whole_end - block, false}).run();
-    block = whole_end;
-  }
-  for (; block < end; ++block) {
+  const int first = plan.first_block(group), end = plan.first_block(group + 1);
+  if (plan.direct) return Tile<T>(call, scratch, {image, row_tile, col_tile, first, end - first}).run();
+  for (int b = first; b < end; b += plan.depth) {
     for (int band = 0; band < plan.bands; ++band) {
-      Tile<T>(call, scratch, {image, row_tile * plan.bands + band, col_tile, block, 1, true}).run();
+      Tile<T>(call, scratch, {image, row_tile * plan.bands + band, col_tile, b, std::min(plan.depth, end - b)}).run();
     }
   }
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace xsep::cpu {
 
@@ -29,19 +30,20 @@ struct AffineGrad {
   A *dscale, *dshift;  // kBlock numbers each.  Null: not wanted.
 };
 
-// A tile is some rows and columns of one image and kBlock channels of it, of which the tensor has `lanes`: staged as
-// [rows][cols][kBlock] of A, with zeros where the tensor ends.  NCHW tensors are always staged, transposed on the way
-// in and out, and so the arithmetic knows one layout; of NHWC tensors it reads several blocks in place where it can.
+// A tile is some rows and columns of one image and some blocks of kBlock channels: staged as
+// [rows][cols][blocks][kBlock] of A, block by block, with zeros for the channels that the tensor, which has `lanes` of
+// a block, lacks.  NCHW tensors are always staged, transposed on the way in and out, and so the arithmetic knows one
+// layout; of NHWC tensors it reads several blocks in place where it can.
 
 template <class A>
 struct Stage {
-  const void* src;                     // first pixel of the window
-  ptrdiff_t row, pixel, lane;          // strides of src in elements; NHWC or `pixel` 1
-  int rows, cols;                      // of the tile
-  int row_lo, row_hi, col_lo, col_hi;  // window of the tile that the tensor covers
-  int lanes;
+  const void* src;             // first pixel of the tile
+  ptrdiff_t row, pixel, lane;  // strides of src in elements; NHWC or `pixel` 1
+  int rows, cols, lanes;
+  ptrdiff_t ahead;  // from src to what will be staged next, in elements: it is asked for in advance
   Affine<A> affine;
-  A* tile;
+  A* tile;               // its first pixel of this block
+  ptrdiff_t tile_pixel;  // its stride
 };
 
 // Where an array of pixels lies, and which of them an output (i, j) meets with its tap (r, s):
@@ -65,7 +67,8 @@ struct Conv {
   void* out;
   ptrdiff_t out_row, out_pixel;
   int rows, cols, blocks;
-  bool stream;  // out is aligned to cache lines and too large to stay in the caches
+  ptrdiff_t last;  // from the first channel of the first block to that of the last; in between they are neighbours
+  bool stream;     // out is aligned to cache lines and too large to stay in the caches
 };
 
 // dw[r][s] += sum over (i, j) of dy[i][j] * x(i, j, r, s)
@@ -76,6 +79,7 @@ struct Wgrad {
   const void* dy;
   ptrdiff_t dy_row, dy_pixel;
   int rows, cols, blocks;
+  ptrdiff_t last;     // as in Conv
   A* dw;              // [tap_rows][tap_cols][kBlock]
   ptrdiff_t dw_step;  // from block to block
   bool stream;        // x and dy do not fit into the caches
@@ -83,11 +87,13 @@ struct Wgrad {
 
 template <class A>
 struct Store {
-  const A* tile;  // [rows][cols][kBlock]
+  const A* tile;
+  ptrdiff_t tile_pixel;
   void* dst;
   ptrdiff_t row, pixel, lane;  // strides of dst in elements; NHWC or `pixel` 1
   int rows, cols, lanes;
   AffineGrad<A> grad;
+  void* planes;  // NCHW, if dst is too large to stay in the caches: memory for the tile as it will lie in dst, or null
 };
 
 // Functions for one element type T.  The convolutions exist twice: on an NHWC tensor, and on staged tiles of A.

@@ -5,6 +5,7 @@ namespace {
 
 // Of a tile of one tensor: a part of a second-level cache that leaves room for what streams through it.
 constexpr int64_t kStagedBytes = 96 * 1024;
+constexpr int kMaxDepth = 8;
 constexpr int64_t kMacsPerThread = 64 * 1024;  // about 3 us of work: less is not worth a thread
 constexpr int kItemsPerThread = 4;             // at least, so that threads end at about the same time
 
@@ -54,22 +55,29 @@ int fewest(int limit, F&& fits) {
 // Tiles are as wide and as tall as the caches allow: a row of all channels is one stretch of memory.
 void Plan::cut(const DepthwiseArgs& args) {
   const ConvShape& s = args.shape;
-  const bool direct = args.nhwc && s.M == 1 && !args.on_load.any(), fused = args.pass == Pass::kDgradWgrad;
+  const bool fused = args.pass == Pass::kDgradWgrad;
   const int lines = makes_dw ? kFusedRowLines : kRowLines;
-  whole_blocks = direct ? s.C / block : 0;
   cols.tiles = ceil_div(extent(cols), (direct ? lines : kRowLines) / kGroupLines);
-  groups = direct ? ceil_div(blocks, std::max(kGroupLines, lines / ceil_div(extent(cols), cols.tiles))) : blocks;
+  const Extent col = largest(cols, reads_x, reads_dy), whole = largest(rows, reads_x, reads_dy);
+  const auto staged_bytes = [&](const Extent& row) {
+    return (int64_t{row.x} * col.x + int64_t{row.dy} * col.dy) * block * 4;
+  };
+  const int64_t budget = kStagedBytes * (makes_dw ? 2 : 1), wanted = int64_t{kItemsPerThread} * args.threads;
+  // Several blocks of a small image, so that what the arithmetic does for a tile pays.
+  depth = s.M == 1
+              ? static_cast<int>(std::clamp<int64_t>(budget / std::max<int64_t>(staged_bytes(whole), 1), 1, kMaxDepth))
+              : 1;
+  while (depth > 1 && int64_t{s.N} * cols.tiles * ceil_div(blocks, depth) < wanted) --depth;
+  groups = ceil_div(blocks, direct ? std::max(kGroupLines, lines / ceil_div(extent(cols), cols.tiles)) : depth);
   rows.tiles = fused ? ceil_div(extent(rows), kFusedRows) : 1;
-  const int64_t per_row = int64_t{s.N} * cols.tiles * groups, wanted = int64_t{kItemsPerThread} * args.threads;
+  const int64_t per_row = int64_t{s.N} * cols.tiles * groups;
   if (per_row > 0 && per_row * rows.tiles < wanted) {
     rows.tiles = std::max(rows.tiles, std::min(ceil_div(extent(rows), 4), ceil_div(wanted, per_row)));
   }
-  const Extent col = largest(cols, reads_x, reads_dy);
   staged_rows = rows;
-  bands = whole_blocks == blocks ? 1 : fewest(ceil_div(extent(rows), rows.tiles), [&](int count) {
+  bands = direct ? 1 : fewest(ceil_div(extent(rows), rows.tiles), [&](int count) {
     staged_rows.tiles = rows.tiles * count;
-    const Extent row = largest(staged_rows, reads_x, reads_dy);
-    return (int64_t{row.x} * col.x + int64_t{row.dy} * col.dy) * block * 4 <= kStagedBytes * (makes_dw ? 2 : 1);
+    return staged_bytes(largest(staged_rows, reads_x, reads_dy)) * depth <= budget;
   });
   staged_rows.tiles = rows.tiles * bands;
 }
@@ -85,7 +93,9 @@ Plan::Plan(const DepthwiseArgs& args) {
   makes_dw = pass == Pass::kWgrad || pass == Pass::kDgradWgrad;
 
   block = line;
+  channels = s.C;
   blocks = ceil_div(s.C, block);
+  direct = args.nhwc && s.M == 1 && !args.on_load.any() && s.C >= block;
   taps = s.M * s.R * s.S;
   rows = {{s.H, s.P(), s.R, s.stride_h, s.pad_top, s.dilation_h}, 1, pass};
   cols = {{s.W, s.Q(), s.S, s.stride_w, s.pad_left, s.dilation_w}, 1, pass};
@@ -112,11 +122,12 @@ Plan::Plan(const DepthwiseArgs& args) {
     for (int t = 0; t < taps; ++t) order.push_back(t);
   }
 
-  const int staged = whole_blocks < blocks ? block : 0;
+  const int staged = direct ? 0 : depth * block;
   x_tile = round_up(int64_t{row.x} * col.x * staged, line);
   dy_tile = round_up(int64_t{row.dy} * col.dy * staged, line);
   out_tile = makes_dx || pass == Pass::kFprop ? round_up(int64_t{row.out} * col.out * staged, line) : 0;
-  scratch = x_tile + dy_tile + out_tile;
+  planes = stream && !args.nhwc ? round_up(out_tile / depth, line) : 0;
+  scratch = x_tile + dy_tile + out_tile + planes;
 
   packed_w = pass == Pass::kWgrad ? 0 : round_up(int64_t{blocks} * taps * block, line);
   packed_bias = round_up(int64_t{blocks} * s.M * block, line);

@@ -16,6 +16,11 @@ struct Span {
   int size() const { return hi - lo; }
 };
 
+inline Span within(Span span, int extent) {
+  const int lo = std::clamp(span.lo, 0, extent);
+  return {lo, std::clamp(span.hi, lo, extent)};
+}
+
 inline int floor_div(int a, int b) { return a / b - (a % b < 0); }
 
 // Filter taps along one axis that meet one residue class of outputs: tap `taps[i]` reads offset first + i * step.
@@ -28,9 +33,9 @@ struct TapClass {
 struct Axis {
   int in, out, kernel, stride, pad, dilation;
 
-  // Rows of x that a span of y reads, padding included.
+  // Rows of x that a span of y reads, and rows of y that a span of x receives gradient from.  Both may reach beyond
+  // the tensors, where there is nothing.
   Span reads_x(Span y) const { return {y.lo * stride - pad, (y.hi - 1) * stride - pad + (kernel - 1) * dilation + 1}; }
-  // Rows of y that a span of x receives gradient from; may reach outside of y, where there is none.
   Span reads_dy(Span x) const {
     const Span y{-floor_div(-(x.lo + pad - (kernel - 1) * dilation), stride), floor_div(x.hi - 1 + pad, stride) + 1};
     return {y.lo, std::max(y.hi, y.lo + 1)};
@@ -63,11 +68,11 @@ struct Cut {
     if (pass == Pass::kDgrad) return even(axis.in, i);
     return {fused_bound(i), fused_bound(i + 1)};
   }
-  // What tile i of the pass stages.
-  Span staged_x(int i) const { return axis.reads_x(y(i)); }
+  // What tile i of the pass stages, as far as the tensors reach.
+  Span staged_x(int i) const { return within(axis.reads_x(y(i)), axis.in); }
   Span staged_dy(int i) const {
     if (pass == Pass::kWgrad) return y(i);
-    const Span dgrad = x(i).size() > 0 ? axis.reads_dy(x(i)) : y(i);
+    const Span dgrad = within(x(i).size() > 0 ? axis.reads_dy(x(i)) : y(i), axis.out);
     if (pass == Pass::kDgrad) return dgrad;
     return {std::min(dgrad.lo, y(i).lo), std::max(dgrad.hi, y(i).hi)};
   }
@@ -93,13 +98,15 @@ struct Plan {
   int64_t items;  // of all images
   int threads;    // at most; fewer than asked for when there is little to do
 
-  int block;         // kBlock
-  int blocks;        // that cover C
-  int whole_blocks;  // NHWC: of them, the first so many are read from and written to the tensors, not staged
-  Cut staged_rows;   // the other blocks cut each tile of rows into bands that fit into the nearest caches
-  int bands;         // per tile of rows
-  int taps;          // M * R * S
-  bool stream;       // the tensors do not fit into the caches
+  int64_t channels;
+  int block;        // kBlock
+  int blocks;       // that cover C
+  bool direct;      // NHWC is read from and written to the tensors where nothing has to be done on the way
+  Cut staged_rows;  // otherwise each tile of rows is cut into bands that fit into the nearest caches
+  int bands;        // per tile of rows
+  int depth;        // and has at most so many blocks
+  int taps;         // M * R * S
+  bool stream;      // the tensors do not fit into the caches
 
   // Packed filter of a block: position -> index into the M * R * S taps of a channel.  dgrad groups them by class.
   std::vector<int> order;
@@ -107,7 +114,7 @@ struct Plan {
   std::vector<int> class_start;                    // position of [row residue][column residue] in `order`
 
   // Elements of the accumulation type, each region rounded up to a cache line.
-  int64_t x_tile, dy_tile, out_tile;             // a thread's tiles
+  int64_t x_tile, dy_tile, out_tile, planes;     // a thread's tiles, and the last as it will lie in an NCHW tensor
   int64_t scratch;                               // their sum, per thread
   int64_t packed_w, packed_bias, packed_affine;  // shared
   int64_t sums;                                  // per thread: partial dw, then dscale and dshift, per block
@@ -116,6 +123,9 @@ struct Plan {
 
   bool reads_x, reads_dy, makes_dx, makes_dw;
 
+  // Of a block.  The last of a tensor that is read in place ends where the channels end, and so may share some with the
+  // one before it: both then find the same.
+  int64_t first_channel(int64_t b) const { return direct ? std::min(b * block, channels - block) : b * block; }
   int first_block(int group) const { return static_cast<int>(int64_t{blocks} * group / groups); }
 
  private:

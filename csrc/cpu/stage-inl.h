@@ -5,23 +5,10 @@ template <class T>
 void stage_nhwc(const Stage<acc_t<T>>& s) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
+  A* dst = s.tile;
   for (int i = 0; i < s.rows; ++i) {
-    A* dst = s.tile + ptrdiff_t{i} * s.cols * kBlock<acc_t<T>>;
-    if (i < s.row_lo || i >= s.row_hi || s.col_lo >= s.col_hi) {
-      zero(dst, ptrdiff_t{s.cols} * kBlock<acc_t<T>>);
-      continue;
-    }
-    zero(dst, ptrdiff_t{s.col_lo} * kBlock<acc_t<T>>);
-    zero(dst + ptrdiff_t{s.col_hi} * kBlock<acc_t<T>>, ptrdiff_t{s.cols - s.col_hi} * kBlock<acc_t<T>>);
-    dst += ptrdiff_t{s.col_lo} * kBlock<acc_t<T>>;
-    const T* src = static_cast<const T*>(s.src) + (i - s.row_lo) * s.row;
-    if (s.lanes == kBlock<acc_t<T>> && s.lane == 1 && !s.affine.any) {
-      for (int j = s.col_lo; j < s.col_hi; ++j, src += s.pixel, dst += kBlock<acc_t<T>>) {
-        for (int c = 0; c < kBlock<acc_t<T>>; c += L) store<L>(dst + c, load<L>(src + c));
-      }
-      continue;
-    }
-    for (int j = s.col_lo; j < s.col_hi; ++j, src += s.pixel, dst += kBlock<acc_t<T>>) {
+    const T* src = static_cast<const T*>(s.src) + i * s.row;
+    for (int j = 0; j < s.cols; ++j, src += s.pixel, dst += s.tile_pixel) {
       if (s.lane != 1) {
         for (int c = 0; c < s.lanes; ++c) store<1>(dst + c, load<1>(src + c * s.lane));
       } else {
@@ -34,7 +21,7 @@ void stage_nhwc(const Stage<acc_t<T>>& s) {
                                         load<n>(s.affine.scale + c), load<n>(s.affine.shift + c)));
         });
       }
-      zero(dst + s.lanes, kBlock<acc_t<T>> - s.lanes);
+      for (int c = s.lanes; c < kBlock<A>; ++c) dst[c] = 0;
     }
   }
 }
@@ -49,7 +36,7 @@ inline void store_affine_row(const Store<acc_t<T>>& s, const acc_t<T>* src, T* d
   vec<A, L> dscale = {}, dshift = {};
   for (int j = 0; j < s.cols; ++j) {
     const vec<A, L> value = load<L>(x + j * g.x_pixel + c);
-    const vec<A, L> du = masked<L, A>(g.affine, load<L>(src + j * kBlock<acc_t<T>> + c), value, center, scale, shift);
+    const vec<A, L> du = masked<L, A>(g.affine, load<L>(src + j * s.tile_pixel + c), value, center, scale, shift);
     store<L>(dst + j * s.pixel + c, du * scale);
     dscale += du * (value - center);
     dshift += du;
@@ -63,14 +50,14 @@ void store_nhwc(const Store<acc_t<T>>& s) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
   for (int i = 0; i < s.rows; ++i) {
-    const A* src = s.tile + ptrdiff_t{i} * s.cols * kBlock<acc_t<T>>;
+    const A* src = s.tile + i * s.cols * s.tile_pixel;
     T* dst = static_cast<T*>(s.dst) + i * s.row;
     if (s.grad.affine.any) {
       const T* x = static_cast<const T*>(s.grad.x) + i * s.grad.x_row;
       for_lanes<L>(s.lanes, [&](auto l, int c) { store_affine_row<l.value, T>(s, src, dst, x, c); });
       continue;
     }
-    for (int j = 0; j < s.cols; ++j, src += kBlock<acc_t<T>>, dst += s.pixel) {
+    for (int j = 0; j < s.cols; ++j, src += s.tile_pixel, dst += s.pixel) {
       if (s.lane != 1) {
         for (int c = 0; c < s.lanes; ++c) store<1>(dst + c * s.lane, load<1>(src + c));
       } else {
@@ -116,14 +103,14 @@ inline void transpose(vec<A, L>* v) {
   }
 }
 
-// f(constant<n>, element offset, row, column) over an NCHW window of rows x cols pixels, n of them at a time; those of
-// `dense` rows follow each other in memory, so that small images fill whole vectors.  `overlap`: some pixels may come
-// twice.
+// f(constant<n>, offset in the tensor, pixel) over the rows x cols pixels of an NCHW tile, n of them at a time; those
+// of `dense` rows follow each other in memory, so that small images fill whole vectors.  `overlap`: some pixels may
+// come twice.
 template <int L, class F>
 inline void for_pixels(int rows, int cols, ptrdiff_t row, bool dense, bool overlap, F&& f) {
   const int runs = dense ? 1 : rows, length = dense ? rows * cols : cols;
   for (int i = 0; i < runs; ++i) {
-    const auto at = [&](auto n, int k) { f(n, i * row + k, dense ? k / cols : i, dense ? k % cols : k); };
+    const auto at = [&](auto n, int k) __attribute__((always_inline)) { f(n, i * row + k, i * length + k); };
     int k = 0;
     for (; k + L <= length; k += L) at(constant<L>{}, k);
     if (k < length && overlap && length > L)
@@ -133,88 +120,93 @@ inline void for_pixels(int rows, int cols, ptrdiff_t row, bool dense, bool overl
   }
 }
 
-// A walk over the pixels of a window that lies in a tile.
-struct Walk {
-  int col, cols;
-  ptrdiff_t skip;  // from the end of a row to the next
-  ptrdiff_t at;
-
-  void step(int block) {
-    at += block;
-    if (++col == cols) col = 0, at += skip;
-  }
-};
-
 template <class T>
 void stage_nchw(const Stage<acc_t<T>>& s) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>, B = kBlock<A>;
-  const ptrdiff_t tile_row = ptrdiff_t{s.cols} * B;
-  const int cols = s.col_hi - s.col_lo;
-  for (int i = 0; i < s.rows; ++i) {
-    A* dst = s.tile + i * tile_row;
-    if (i < s.row_lo || i >= s.row_hi || cols <= 0) {
-      zero(dst, tile_row);
-    } else {
-      zero(dst, ptrdiff_t{s.col_lo} * B);
-      zero(dst + ptrdiff_t{s.col_hi} * B, ptrdiff_t{s.cols - s.col_hi} * B);
-    }
-  }
-  if (cols <= 0) return;
-  A* const window = s.tile + s.row_lo * tile_row + ptrdiff_t{s.col_lo} * B;
   for (int c = 0; c < B; c += L) {
     const T* src = static_cast<const T*>(s.src) + c * s.lane;
     const int lanes = s.lanes - c < L ? s.lanes - c : L;
-    for_pixels<L>(s.row_hi - s.row_lo, cols, s.row, s.row == cols, true,
-                  [&](auto count, ptrdiff_t at, int row, int col) {
-                    constexpr int n = count.value;
-                    Walk walk{col, cols, tile_row - ptrdiff_t{cols} * B, row * tile_row + ptrdiff_t{col} * B + c};
-                    const auto get = [&](int i) {
-                      const vec<A, n> x = load<n>(src + i * s.lane + at);
-                      if (!s.affine.any) return x;
-                      return apply<n, A>(s.affine, x, broadcast<n>(s.affine.center[c + i]),
-                                         broadcast<n>(s.affine.scale[c + i]), broadcast<n>(s.affine.shift[c + i]));
-                    };
-                    if constexpr (n == 1) {
-                      for (int i = 0; i < L; ++i) window[walk.at + i] = i < lanes ? get(i)[0] : A{0};
-                    } else {
-                      vec<A, L> v[L];
+    for_pixels<L>(s.rows, s.cols, s.row, s.row == s.cols, true, [&](auto count, ptrdiff_t at, int pixel) {
+      constexpr int n = count.value;
+      A* dst = s.tile + pixel * s.tile_pixel + c;
+      const auto get = [&](int i) {
+        const vec<A, n> x = load<n>(src + i * s.lane + at);
+        if (!s.affine.any) return x;
+        return apply<n, A>(s.affine, x, broadcast<n>(s.affine.center[c + i]), broadcast<n>(s.affine.scale[c + i]),
+                           broadcast<n>(s.affine.shift[c + i]));
+      };
+      if constexpr (n == 1) {
+        for (int i = 0; i < L; ++i) dst[i] = i < lanes ? get(i)[0] : A{0};
+      } else {
+        vec<A, L> v[L];
 #pragma GCC unroll 16
-                      for (int i = 0; i < L; ++i) {
-                        if (i < lanes)
-                          v[i] = get(i);
-                        else
-                          v[i] = vec<A, L>{};
-                      }
-                      transpose<L, A>(v);
+        for (int i = 0; i < L; ++i) {
+          if (i < lanes) {
+            v[i] = get(i);
+            __builtin_prefetch(src + i * s.lane + at + s.ahead, 0, 2);
+          } else {
+            v[i] = vec<A, L>{};
+          }
+        }
+        transpose<L, A>(v);
 #pragma GCC unroll 16
-                      for (int i = 0; i < L; ++i) {
-                        store<L>(window + walk.at, v[i]);
-                        walk.step(B);
-                      }
-                    }
-                  });
+        for (int i = 0; i < L; ++i) store<L>(dst + i * s.tile_pixel, v[i]);
+      }
+    });
   }
 }
 
+// Copies past the caches, except for the cache lines that the copy shares with its neighbours.
+inline void copy_streaming(char* dst, const char* src, ptrdiff_t bytes) {
+#if defined(__AVX512F__)
+  ptrdiff_t i = -static_cast<ptrdiff_t>(reinterpret_cast<uintptr_t>(dst) & 63) & 63;
+  if (i + 64 <= bytes) {
+    __builtin_memcpy(dst, src, i);
+    for (; i + 64 <= bytes; i += 64) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_loadu_si512(src + i));
+    }
+    dst += i, src += i, bytes -= i;
+  }
+#endif
+  __builtin_memcpy(dst, src, bytes);
+}
+
+// From [lanes][rows][cols] to where the tile lies in the tensor, in stretches as long as its strides allow.
 template <class T>
-void store_nchw(const Store<acc_t<T>>& s) {
+void stream_planes(const Store<acc_t<T>>& s) {
+  const ptrdiff_t plane = ptrdiff_t{s.rows} * s.cols;
+  const bool dense = s.row == s.cols, whole = dense && s.lane == plane;
+  const ptrdiff_t length = (whole ? s.lanes * plane : dense ? plane : s.cols) * sizeof(T);
+  const char* src = static_cast<const char*>(s.planes);
+  for (int i = 0; i < (whole ? 1 : s.lanes); ++i) {
+    for (int h = 0; h < (dense ? 1 : s.rows); ++h, src += length) {
+      copy_streaming(static_cast<char*>(s.dst) + (i * s.lane + h * s.row) * sizeof(T), src, length);
+    }
+  }
+  finish_streaming();
+}
+
+// kGrad: what leaves is du, on its way to dx.
+template <class T, bool kGrad>
+inline void transpose_out(const Store<acc_t<T>>& s) {
   typedef acc_t<T> A;
-  constexpr int L = kLanes<A>, B = kBlock<A>;
+  constexpr int L = kLanes<A>;
   const AffineGrad<A>& g = s.grad;
+  const ptrdiff_t out_lane = s.planes ? ptrdiff_t{s.rows} * s.cols : s.lane, out_row = s.planes ? s.cols : s.row;
+  const bool dense = out_row == s.cols && (!kGrad || g.x_row == s.cols);
   for (int c = 0; c < s.lanes; c += L) {
-    T* dst = static_cast<T*>(s.dst) + c * s.lane;
+    T* dst = static_cast<T*>(s.planes ? s.planes : s.dst) + c * out_lane;
     const T* x = static_cast<const T*>(g.x) + c * g.x_lane;
     const int lanes = s.lanes - c < L ? s.lanes - c : L;
     vec<A, L> dscale[L] = {}, dshift[L] = {};
-    const bool dense = s.row == s.cols && (!g.affine.any || g.x_row == s.cols);
-    for_pixels<L>(s.rows, s.cols, s.row, dense, !g.affine.any, [&](auto count, ptrdiff_t at, int row, int col) {
+    for_pixels<L>(s.rows, s.cols, out_row, dense, !kGrad, [&](auto count, ptrdiff_t at, int pixel) {
       constexpr int n = count.value;
-      const A* src = s.tile + (ptrdiff_t{row} * s.cols + col) * B + c;  // rows of the tile follow each other
+      const A* src = s.tile + pixel * s.tile_pixel + c;
       const auto put = [&](int i, vec<A, n> du) {
-        if (g.affine.any) {
-          const vec<A, n> value = load<n>(x + i * g.x_lane + row * g.x_row + col),
-                          center = broadcast<n>(g.affine.center[c + i]);
+        if constexpr (kGrad) {
+          const ptrdiff_t x_at = dense ? pixel : pixel / s.cols * g.x_row + pixel % s.cols;
+          const vec<A, n> value = load<n>(x + i * g.x_lane + x_at), center = broadcast<n>(g.affine.center[c + i]);
           const vec<A, n> scale = broadcast<n>(g.affine.scale[c + i]);
           du = masked<n, A>(g.affine, du, value, center, scale, broadcast<n>(g.affine.shift[c + i]));
           const vec<A, n> by_scale = du * (value - center);
@@ -225,14 +217,14 @@ void store_nchw(const Store<acc_t<T>>& s) {
           }
           du *= scale;
         }
-        store<n>(dst + i * s.lane + at, du);
+        store<n>(dst + i * out_lane + at, du);
       };
       if constexpr (n == 1) {
         for (int i = 0; i < lanes; ++i) put(i, load<1>(src + i));
       } else {
         vec<A, L> v[L];
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) v[i] = load<L>(src + i * B);
+        for (int i = 0; i < L; ++i) v[i] = load<L>(src + i * s.tile_pixel);
         transpose<L, A>(v);
 #pragma GCC unroll 16
         for (int i = 0; i < L; ++i) {
@@ -240,9 +232,17 @@ void store_nchw(const Store<acc_t<T>>& s) {
         }
       }
     });
-    for (int i = 0; i < lanes && g.affine.any; ++i) {
-      if (g.dscale) g.dscale[c + i] += sum<L, A>(dscale[i]);
-      if (g.dshift) g.dshift[c + i] += sum<L, A>(dshift[i]);
+    if constexpr (kGrad) {
+      for (int i = 0; i < lanes; ++i) {
+        if (g.dscale) g.dscale[c + i] += sum<L, A>(dscale[i]);
+        if (g.dshift) g.dshift[c + i] += sum<L, A>(dshift[i]);
+      }
     }
   }
+}
+
+template <class T>
+void store_nchw(const Store<acc_t<T>>& s) {
+  s.grad.affine.any ? transpose_out<T, true>(s) : transpose_out<T, false>(s);
+  if (s.planes) stream_planes<T>(s);
 }

@@ -1,8 +1,8 @@
 // A tile of one image: some rows and columns, `block_` channels deep, or many blocks in NHWC.  Vectors run along
 // channels.
 //
-// Whole blocks of NHWC are read from and written to the tensors directly.  NCHW, a block that the channels do not fill,
-// a channel multiplier and a function on load go through staged tiles that fit into the nearest caches.
+// NHWC is read from and written to the tensors directly.  NCHW, fewer channels than a block, a channel multiplier and a
+// function on load go through staged tiles that fit into the nearest caches.
 //
 // Bytes: x (or dy) once, plus the halo between tiles from the second-level cache; y (or dx) once.
 #pragma once
@@ -24,11 +24,10 @@ class Tile {
         image_(item.image),
         b_(item.block),
         blocks_(item.blocks),
-        c0_(b_ * block_),
-        lanes_(std::min(block_, s_.C - c0_)),
-        affine_(call.affine(b_)),
-        direct_(!item.staged) {
-    const Cut &rows = item.staged ? plan_.staged_rows : plan_.rows, &cols = plan_.cols;
+        c0_(static_cast<int>(plan_.first_channel(b_))),
+        row_tile_(item.row_tile),
+        direct_(plan_.direct) {
+    const Cut &rows = direct_ ? plan_.rows : plan_.staged_rows, &cols = plan_.cols;
     y_rows_ = rows.y(item.row_tile);
     y_cols_ = cols.y(item.col_tile);
     if (plan_.reads_x) {
@@ -55,16 +54,35 @@ class Tile {
   }
 
  private:
-  void stage(const TensorRef& t, int64_t channel, int64_t channel_step, int H, int W, Span rows, Span cols,
-             const Affine<A>& affine, A* tile) {
-    const Window h(rows, H), w(cols, W);
-    const T* src = at<T>(t, image_, channel, rows.lo + h.lo, cols.lo + w.lo);
+  int first_channel(int b) const { return static_cast<int>(plan_.first_channel(b)); }
+  int lanes(int b) const { return std::min(block_, s_.C - first_channel(b)); }
+  ptrdiff_t tile_pixel() const { return ptrdiff_t{blocks_} * block_; }
+  // From the first channel of the first block to that of the last.
+  ptrdiff_t last() const { return plan_.first_channel(b_ + blocks_ - 1) - c0_; }
+
+  // A window of a tensor of which channel c * multiplier + m belongs to x's channel c.
+  void stage(const TensorRef& t, int multiplier, int m, Span rows, Span cols, ptrdiff_t ahead, bool on_load, A* tile) {
     const auto stage = call_.args.nhwc ? call_.kernels.stage_nhwc : call_.kernels.stage_nchw;
-    stage({src, t.h, t.w, t.c * channel_step, rows.size(), cols.size(), h.lo, h.hi, w.lo, w.hi, lanes_, affine, tile});
+    for (int b = b_; b < b_ + blocks_; ++b) {
+      const T* src = at<T>(t, image_, int64_t{first_channel(b)} * multiplier + m, rows.lo, cols.lo);
+      stage({src, t.h, t.w, t.c * multiplier, rows.size(), cols.size(), lanes(b), ahead,
+             on_load ? call_.affine(b) : Affine<A>{}, tile + (b - b_) * block_, tile_pixel()});
+    }
   }
-  void stage_x() { stage(call_.args.x, c0_, 1, s_.H, s_.W, x_rows_, x_cols_, affine_, scratch_.x); }
+  // From a staged tile to the next one of the thread: the rows below, or the top of the next blocks of channels.
+  ptrdiff_t ahead(const TensorRef& t, int multiplier, Span (Cut::*span)(int) const) const {
+    const Cut& rows = plan_.staged_rows;
+    const bool last = row_tile_ + 1 == rows.tiles;
+    const int down = (rows.*span)(last ? 0 : row_tile_ + 1).lo - (rows.*span)(row_tile_).lo;
+    return down * t.h + (last ? tile_pixel() * multiplier * t.c : 0);
+  }
+  void stage_x() {
+    const TensorRef& x = call_.args.x;
+    stage(x, 1, 0, x_rows_, x_cols_, ahead(x, 1, &Cut::staged_x), true, scratch_.x);
+  }
   void stage_dy(int m) {
-    stage(call_.args.dy, int64_t{c0_} * s_.M + m, s_.M, s_.P(), s_.Q(), dy_rows_, dy_cols_, {}, scratch_.dy);
+    const TensorRef& dy = call_.args.dy;
+    stage(dy, s_.M, m, dy_rows_, dy_cols_, ahead(dy, s_.M, &Cut::staged_dy), false, scratch_.dy);
   }
 
   // An array of pixels, of the tensor or of the tile staged from `rows` x `cols` of it.  The outputs' first row and
@@ -73,8 +91,8 @@ class Tile {
                 int first_col) const {
     if (direct_) return {at<T>(t, image_, c0_, 0, 0), t.h, t.w, H, W, first_row, first_col, 1, 1, 1, 1};
     return {tile,
-            ptrdiff_t{cols.size()} * block_,
-            block_,
+            cols.size() * tile_pixel(),
+            tile_pixel(),
             rows.size(),
             cols.size(),
             first_row - rows.lo,
@@ -92,7 +110,22 @@ class Tile {
     return x;
   }
 
-  void store(const Store<A>& s) const { (call_.args.nhwc ? call_.kernels.store_nhwc : call_.kernels.store_nchw)(s); }
+  // The outputs of a staged tile.
+  void store(const TensorRef& t, int multiplier, int m, Span rows, Span cols) const {
+    const auto store = call_.args.nhwc ? call_.kernels.store_nhwc : call_.kernels.store_nchw;
+    for (int b = b_; b < b_ + blocks_; ++b) {
+      T* dst = const_cast<T*>(at<T>(t, image_, int64_t{first_channel(b)} * multiplier + m, rows.lo, cols.lo));
+      store({scratch_.out + (b - b_) * block_, tile_pixel(), dst, t.h, t.w, t.c * multiplier, rows.size(), cols.size(),
+             lanes(b), affine_grad(b), plan_.planes ? scratch_.planes : nullptr});
+    }
+  }
+  AffineGrad<A> affine_grad(int b) const {
+    const Affine<A> affine = call_.affine(b);
+    if (!affine.any || !plan_.makes_dx) return {};
+    const TensorRef& x = call_.args.x;
+    A* sums = scratch_.sums + b * plan_.sums_per_block + int64_t{plan_.taps} * block_;
+    return {affine, at<T>(x, image_, first_channel(b), dx_rows_.lo, dx_cols_.lo), x.h, x.w, x.c, sums, sums + block_};
+  }
 
   bool streams(const T* dst, const TensorRef& out) const {
     return plan_.stream && reinterpret_cast<uintptr_t>(dst) % 64 == 0 && out.w * sizeof(T) % 64 == 0;
@@ -100,18 +133,19 @@ class Tile {
 
   void fprop(int m) {
     const TensorRef y = dense<T>(call_.args.y, call_.args.nhwc, s_.K(), s_.P(), s_.Q());
-    T* dst = const_cast<T*>(at<T>(y, image_, int64_t{c0_} * s_.M + m, y_rows_.lo, y_cols_.lo));
     const A* weights = call_.packed_w + (int64_t{b_} * s_.M + m) * s_.R * s_.S * block_;
     const A* bias = call_.packed_bias + (int64_t{b_} * s_.M + m) * block_;
     const int rows = y_rows_.size(), cols = y_cols_.size();
+    const int64_t next = int64_t{plan_.taps} * block_;
     if (direct_) {
-      call_.kernels.conv({x_pixels(), s_.R, s_.S, weights, int64_t{plan_.taps} * block_, bias, dst, y.h, y.w, rows,
-                          cols, blocks_, streams(dst, y)});
+      T* dst = const_cast<T*>(at<T>(y, image_, c0_, y_rows_.lo, y_cols_.lo));
+      call_.kernels.conv(
+          {x_pixels(), s_.R, s_.S, weights, next, bias, dst, y.h, y.w, rows, cols, blocks_, last(), streams(dst, y)});
       return;
     }
-    call_.kernels.conv_staged({x_pixels(), s_.R, s_.S, weights, 0, bias, scratch_.out, ptrdiff_t{cols} * block_, block_,
-                               rows, cols, 1, false});
-    store({scratch_.out, dst, y.h, y.w, y.c * s_.M, rows, cols, lanes_, {}});
+    call_.kernels.conv_staged({x_pixels(), s_.R, s_.S, weights, next, bias, scratch_.out, cols * tile_pixel(),
+                               tile_pixel(), rows, cols, blocks_, last(), false});
+    store(y, s_.M, m, y_rows_, y_cols_);
   }
 
   // Positions of one residue modulo the stride are an ordinary convolution with the taps of that residue.
@@ -138,26 +172,19 @@ class Tile {
       const TensorRef dx = dense<T>(call_.args.dx, call_.args.nhwc, s_.C, s_.H, s_.W);
       T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo + i, dx_cols_.lo + j));
       call_.kernels.conv({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init, dst,
-                          s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, blocks_, streams(dst, dx)});
+                          s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, blocks_, last(),
+                          streams(dst, dx)});
       return;
     }
-    const ptrdiff_t row = ptrdiff_t{dx_cols_.size()} * block_;
-    call_.kernels.conv_staged({dy, tap_cols ? tap_rows : 0, tap_cols, weights, 0, init,
-                               scratch_.out + i * row + j * block_, s_.stride_h * row, ptrdiff_t{s_.stride_w} * block_,
-                               out_rows, out_cols, 1, false});
+    const ptrdiff_t row = dx_cols_.size() * tile_pixel();
+    call_.kernels.conv_staged({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init,
+                               scratch_.out + i * row + j * tile_pixel(), s_.stride_h * row, s_.stride_w * tile_pixel(),
+                               out_rows, out_cols, blocks_, last(), false});
   }
 
   void store_dx() {
     if (dx_rows_.size() == 0 || dx_cols_.size() == 0) return;
-    const TensorRef dx = dense<T>(call_.args.dx, call_.args.nhwc, s_.C, s_.H, s_.W);
-    T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo, dx_cols_.lo));
-    AffineGrad<A> grad{affine_, nullptr, 0, 0, 0, nullptr, nullptr};
-    if (affine_.any) {
-      const TensorRef& x = call_.args.x;
-      A* sums = scratch_.sums + b_ * plan_.sums_per_block + int64_t{plan_.taps} * block_;
-      grad = {affine_, at<T>(x, image_, c0_, dx_rows_.lo, dx_cols_.lo), x.h, x.w, x.c, sums, sums + block_};
-    }
-    store({scratch_.out, dst, dx.h, dx.w, dx.c, dx_rows_.size(), dx_cols_.size(), lanes_, grad});
+    store(dense<T>(call_.args.dx, call_.args.nhwc, s_.C, s_.H, s_.W), 1, 0, dx_rows_, dx_cols_);
   }
 
   void wgrad(int m) {
@@ -166,13 +193,13 @@ class Tile {
     if (direct_) {
       const TensorRef& dy = call_.args.dy;
       call_.kernels.wgrad({x_pixels(), s_.R, s_.S, at<T>(dy, image_, c0_, y_rows_.lo, y_cols_.lo), dy.h, dy.w,
-                           y_rows_.size(), y_cols_.size(), blocks_, dw, plan_.sums_per_block, plan_.stream});
+                           y_rows_.size(), y_cols_.size(), blocks_, last(), dw, plan_.sums_per_block, plan_.stream});
       return;
     }
-    const ptrdiff_t row = ptrdiff_t{dy_cols_.size()} * block_;
-    const A* dy = scratch_.dy + (y_rows_.lo - dy_rows_.lo) * row + ptrdiff_t{y_cols_.lo - dy_cols_.lo} * block_;
-    call_.kernels.wgrad_staged(
-        {x_pixels(), s_.R, s_.S, dy, row, block_, y_rows_.size(), y_cols_.size(), 1, dw, 0, false});
+    const ptrdiff_t row = dy_cols_.size() * tile_pixel();
+    const A* dy = scratch_.dy + (y_rows_.lo - dy_rows_.lo) * row + (y_cols_.lo - dy_cols_.lo) * tile_pixel();
+    call_.kernels.wgrad_staged({x_pixels(), s_.R, s_.S, dy, row, tile_pixel(), y_rows_.size(), y_cols_.size(), blocks_,
+                                last(), dw, plan_.sums_per_block, false});
   }
 
   const Call<T>& call_;
@@ -180,9 +207,8 @@ class Tile {
   const Plan& plan_;
   Scratch<A>& scratch_;
   const int64_t image_;
-  const int b_, blocks_, c0_, lanes_;
+  const int b_, blocks_, c0_, row_tile_;
   static constexpr int block_ = kBlock<A>;
-  const Affine<A> affine_;
   const bool direct_;
   Span y_rows_{}, y_cols_{}, x_rows_{}, x_cols_{}, dy_rows_{}, dy_cols_{}, dx_rows_{}, dx_cols_{};
 };

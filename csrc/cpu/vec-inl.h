@@ -134,3 +134,18 @@ inline A sum(vec<A, L> v) {
     return sum<L / 2, A>(low + high);
   }
 }
+
+// Past the caches, for outputs that would not stay in them: a line that is written whole need not be read first.
+// `p` is aligned to the vector.  Such stores are ordered by finish_streaming alone.
+template <int L, class T>
+inline void stream(T* p, vec<acc_t<T>, L> value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) * L == 64) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)value);
+#endif
+  store<L>(p, value);
+}
+inline void finish_streaming() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}

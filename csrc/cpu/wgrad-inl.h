@@ -12,7 +12,7 @@ struct WgradTile {
 // Adds to dw what rows [i, i + kRows) and columns [j, j_end) of dy give to the tap rows from `first` on.  Where dy ends
 // it is taken for zero: pixels of x are multiplied by that zero.
 template <class T, int kTaps, int kStep>
-inline void wgrad_tile(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_end, int at, acc_t<T>* dw) {
+inline void wgrad_tile(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_end, ptrdiff_t at, acc_t<T>* dw) {
   typedef acc_t<T> A;
   typedef WgradTile<kTaps> Tile;
   constexpr int L = kLanes<A>, kRows = Tile::kRows, kCols = Tile::kCols, kTapRows = Tile::kTapRows;
@@ -89,8 +89,9 @@ inline void for_wgrad(const Wgrad<acc_t<T>>& g, F&& f) {
       const int j = g.cols * k / stretches, j_end = g.cols * (k + 1) / stretches;
       for (int b = 0; b < g.blocks; ++b) {
         for (int v = 0; v < kBlock<acc_t<T>>; v += kLanes<acc_t<T>>) {
-          const int at = b * kBlock<acc_t<T>> + v;
-          if (kStep > 0 && at % kLine == 0) {
+          const int packed = b * kBlock<acc_t<T>> + v;
+          const ptrdiff_t at = b + 1 < g.blocks ? packed : g.last + v;
+          if (kStep > 0 && packed % kLine == 0) {
             prefetch<T>(dy, i + kRows, kRows, j, j_end - j, at);
             prefetch<T>(g.x, below, kRows * kStep, g.x.first_col + j * kStep, (j_end - j) * kStep, at);
           }
@@ -105,7 +106,7 @@ template <class T, int kTaps, int kStep>
 void wgrad_dense(const Wgrad<acc_t<T>>& args) {
   typedef WgradTile<kTaps> Tile;
   const Wgrad<acc_t<T>> g = args;
-  for_wgrad<T, Tile::kRows, kStep>(g, [&](int i, int j, int j_end, int at, acc_t<T>* dw) {
+  for_wgrad<T, Tile::kRows, kStep>(g, [&](int i, int j, int j_end, ptrdiff_t at, acc_t<T>* dw) {
     for (int r = 0; r < g.tap_rows; r += Tile::kTapRows, dw += Tile::kTapRows * kTaps * kBlock<acc_t<T>>) {
       wgrad_tile<T, kTaps, kStep>(g, r, i, j, j_end, at, dw);
     }
@@ -114,7 +115,7 @@ void wgrad_dense(const Wgrad<acc_t<T>>& args) {
 
 // Any taps, eight at a time.
 template <class T, int kTaps>
-inline void wgrad_any_taps(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_end, int at, acc_t<T>* dw) {
+inline void wgrad_any_taps(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_end, ptrdiff_t at, acc_t<T>* dw) {
   typedef acc_t<T> A;
   constexpr int L = kLanes<A>;
   const Pixels& x = g.x;
@@ -143,7 +144,7 @@ template <class T>
 void wgrad_any(const Wgrad<acc_t<T>>& args) {
   const Wgrad<acc_t<T>> g = args;
   const int count = g.tap_rows * g.tap_cols;
-  for_wgrad<T, 1, 0>(g, [&](int i, int j, int j_end, int at, acc_t<T>* dw) {
+  for_wgrad<T, 1, 0>(g, [&](int i, int j, int j_end, ptrdiff_t at, acc_t<T>* dw) {
     int t = 0;
     for (; t + 8 <= count; t += 8, dw += 8 * kBlock<acc_t<T>>) wgrad_any_taps<T, 8>(g, t, i, j, j_end, at, dw);
     for (; t < count; ++t, dw += kBlock<acc_t<T>>) wgrad_any_taps<T, 1>(g, t, i, j, j_end, at, dw);

@@ -1,4 +1,5 @@
-// The Python module xsep._C: pointers as integers, shapes as ConvShape.  Checks what it can, releases the GIL.
+// The Python module xsep._C, and xsep._C_emulated with the CUDA sources on the host emulator: pointers as integers,
+// shapes as ConvShape.  Checks what it can, releases the GIL.  Its types are its own, since both modules may be loaded.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,6 +9,8 @@
 
 #include "../cpu/memory.h"
 #include "../depthwise.h"
+#include "bind.h"
+#include "call.h"
 #include "dlpack.h"
 
 namespace py = pybind11;
@@ -15,55 +18,27 @@ using namespace xsep;
 
 namespace {
 
-TensorRef tensor(uintptr_t data, const py::tuple& strides) {
-  return {reinterpret_cast<const void*>(data), strides[0].cast<int64_t>(), strides[1].cast<int64_t>(),
-          strides[2].cast<int64_t>(), strides[3].cast<int64_t>()};
-}
-
-// One problem with everything that no pointer changes, so that a call passes little.
-struct DepthwiseCall {
-  DepthwiseCall(int pass, const ConvShape& shape, int dtype, bool nhwc, bool on_load, bool relu, int threads) {
-    check(shape);
-    if (pass < 0 || pass > 3) throw std::invalid_argument("pass must be 0 to 3; got " + std::to_string(pass));
+class DepthwiseCall : PreparedCall {
+ public:
+  DepthwiseCall(int pass, const ConvShape& shape, int dtype, bool nhwc, bool on_load, bool relu, int threads)
+      : PreparedCall(pass, shape, dtype, nhwc, on_load, relu) {
     if (threads < 1) throw std::invalid_argument("threads must be at least 1; got " + std::to_string(threads));
-    args.pass = static_cast<cpu::Pass>(pass);
-    args.shape = shape;
-    args.dtype = static_cast<Dtype>(dtype);
-    with_dtype(args.dtype, [](auto) {});
-    args.nhwc = nhwc;
-    args.threads = threads;
-    args.on_load.relu = relu;
+    args_.threads = threads;
+    DepthwiseArgs planned = args_;
     static const char any = 0;  // the plan asks only whether there are vectors
-    if (on_load) args.on_load.center = &any;
-    workspace_bytes = cpu::workspace_bytes(args);
-    has_on_load = on_load;
+    if (on_load) planned.on_load.center = &any;
+    workspace_bytes = cpu::workspace_bytes(planned);
   }
 
-  void operator()(uintptr_t x, const py::tuple& x_strides, uintptr_t dy, const py::tuple& dy_strides, uintptr_t w,
-                  uintptr_t bias, uintptr_t out, uintptr_t dw, uintptr_t workspace, uintptr_t center, uintptr_t scale,
-                  uintptr_t shift, uintptr_t dscale, uintptr_t dshift) const {
-    cpu::DepthwiseArgs call = args;
-    call.x = tensor(x, x_strides);
-    call.dy = tensor(dy, dy_strides);
-    call.w = reinterpret_cast<const void*>(w);
-    call.bias = reinterpret_cast<const void*>(bias);
-    (call.pass == cpu::Pass::kFprop ? call.y : call.dx) = reinterpret_cast<void*>(out);
-    call.dw = reinterpret_cast<void*>(dw);
+  void operator()(const py::tuple& tensors, uintptr_t workspace) const {
+    DepthwiseArgs call = with(tensors);
     call.workspace = reinterpret_cast<void*>(workspace);
-    if (has_on_load && !(center && scale && shift)) throw std::invalid_argument("center, scale and shift go together");
-    call.on_load.center = reinterpret_cast<const void*>(center);
-    call.on_load.scale = reinterpret_cast<const void*>(scale);
-    call.on_load.shift = reinterpret_cast<const void*>(shift);
-    call.dscale = reinterpret_cast<void*>(dscale);
-    call.dshift = reinterpret_cast<void*>(dshift);
     if (workspace % 64 != 0) throw std::invalid_argument("workspace must be aligned to 64 bytes");
     py::gil_scoped_release unlocked;
     cpu::depthwise(call);
   }
 
-  cpu::DepthwiseArgs args{};
-  int64_t workspace_bytes = 0;
-  bool has_on_load = false;
+  int64_t workspace_bytes;
 };
 
 struct Output {
@@ -94,10 +69,10 @@ py::object recycled(int64_t bytes) {
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(XSEP_MODULE, m) {
   m.doc() = "Kernels of xsep on raw pointers; use the torch operators of xsep.ops instead.";
 
-  py::class_<ConvShape>(m, "ConvShape")
+  py::class_<ConvShape>(m, "ConvShape", py::module_local())
       .def(py::init([](int N, int C, int H, int W, int R, int S, int M, std::array<int, 2> stride,
                        std::array<int, 4> pad, std::array<int, 2> dilation) {
              const ConvShape s{N,         C,      H,      W,      R,      S,           M,          stride[0],
@@ -110,11 +85,11 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("P", &ConvShape::P)
       .def_property_readonly("Q", &ConvShape::Q);
 
-  py::class_<DepthwiseCall>(m, "DepthwiseCall")
+  py::class_<DepthwiseCall>(m, "DepthwiseCall", py::module_local())
       .def(py::init<int, const ConvShape&, int, bool, bool, bool, int>(), py::arg("pass_"), py::arg("shape"),
            py::arg("dtype"), py::arg("nhwc"), py::arg("on_load"), py::arg("relu"), py::arg("threads"))
       .def_readonly("workspace_bytes", &DepthwiseCall::workspace_bytes)
-      .def("__call__", &DepthwiseCall::operator());
+      .def("__call__", &DepthwiseCall::operator(), py::arg("tensors"), py::arg("workspace"));
 
   m.def(
       "isas",
@@ -140,6 +115,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("waiting_bytes", cpu::waiting_bytes);
   m.def("release_waiting", cpu::release_waiting);
   m.attr("cuda") = XSEP_CUDA_SUMMARY;
+#if defined(XSEP_HAS_CUDA)
+  bind_cuda(m);
+#endif
+#if defined(XSEP_EMULATE_CUDA)
+  bind_emulator(m);
+#endif
   m.attr("compiler") = XSEP_COMPILER;
 #if defined(_OPENMP)
   m.attr("openmp") = true;

@@ -15,7 +15,7 @@ from typing import Any, Iterator, Protocol
 import torch
 from torch import Tensor
 
-from . import aten, cpu
+from . import aten, cpu, cuda
 from .problem import Problem, check_sizes
 
 NAMES = ("cpu", "cuda", "cuda-emulated", "triton", "aten")
@@ -43,10 +43,10 @@ class _Absent:
         return self._reason
 
 
-BACKENDS: dict[str, Any] = {  # modules and _Absent stand in for Backend
-    "cpu": cpu,
-    "cuda": _Absent("cuda", "this version of xsep has no CUDA kernels"),
-    "cuda-emulated": _Absent("cuda-emulated", "this version of xsep has no CUDA kernels to emulate"),
+BACKENDS: dict[str, Any] = {  # a module and _Absent stand in for Backend
+    "cpu": cpu.BACKEND,
+    "cuda": cuda.CUDA,
+    "cuda-emulated": cuda.EMULATED,
     "triton": _Absent("triton", "this version of xsep has no Triton kernels"),
     "aten": aten,
 }
@@ -87,7 +87,7 @@ def choose(problem: Problem) -> Backend:
 
 @lru_cache(maxsize=4096)
 def _choose(problem: Problem, forced: str | None) -> Backend:
-    check_sizes(*problem[3:])
+    check_sizes(*problem[3:8])
     if forced is not None:
         reason = BACKENDS[forced].why_not(problem)
         if reason is not None:
@@ -100,6 +100,10 @@ def _choose(problem: Problem, forced: str | None) -> Backend:
     if name == "aten" and order[0] != "aten":
         _warn_once(problem.device, problem.dtype, BACKENDS[order[0]].why_not(problem))
     return BACKENDS[name]
+
+
+for _backend in (cuda.CUDA, cuda.EMULATED):
+    _backend.choice_changes = _choose.cache_clear
 
 
 @cache
@@ -119,7 +123,8 @@ def explain_problem(problem: Problem) -> str:
     for name in NAMES:
         reason = BACKENDS[name].why_not(problem)
         if name == chosen:
-            reason = "runs" + (" (forced)" if _forced else "")
+            kernel = getattr(BACKENDS[name], "kernel", None)
+            reason = "runs" + (" (forced)" if _forced else "") + (f": {kernel(problem)}" if kernel else "")
         elif reason is None:
             reason = "could run, but another is forced" if _forced else f"could run; comes after {chosen}"
             if not _forced and name not in order:

@@ -48,9 +48,10 @@ def depthwise_conv2d(
     """
     batched = _batched(input, "input")
     stride, pad, dilation = _geometry(batched, weight, stride, padding, dilation)
-    if _under_transform():
+    compiling = is_compiling()
+    if not compiling and _under_transform():
         y = aten.compose(batched, weight, bias, stride, pad, dilation)
-    elif _nothing_watches(batched, weight, bias):
+    elif not compiling and _nothing_watches(batched, weight, bias):
         y = library.fprop(batched, weight, bias, stride, pad, dilation)
     else:
         y = library.ops.fprop(batched, weight, bias, stride, pad, dilation)
@@ -92,7 +93,7 @@ def explain(
     x = _batched(input, "input")
     geometry = _geometry(x, weight, stride, padding, dilation)
     return backends.explain_problem(
-        Problem(x.device.type, x.dtype, is_nhwc(x), tuple(x.shape), tuple(weight.shape), *geometry)
+        Problem(x.device.type, x.dtype, is_nhwc(x), tuple(x.shape), tuple(weight.shape), *geometry, x.get_device())
     )
 
 
@@ -123,8 +124,7 @@ def _nothing_watches(*tensors: Tensor | None) -> bool:
         if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
             return False
     return not (
-        is_compiling()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch.is_autocast_enabled(tensors[0].device.type)  # type: ignore[union-attr]
@@ -134,6 +134,4 @@ def _nothing_watches(*tensors: Tensor | None) -> bool:
 
 def _under_transform() -> bool:
     # register_autograd operators fail under torch.func.grad and answer jvp with a silent zero.
-    return not is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

@@ -16,7 +16,7 @@ def pair(value: Size2, name: str, minimum: int) -> tuple[int, int]:
     items = (value, value) if isinstance(value, int) else tuple(value)
     if len(items) == 1:
         items = (items[0], items[0])
-    if len(items) != 2 or not all(_at_least(item, minimum) for item in items):
+    if len(items) != 2 or not _at_least(minimum, items):
         raise ValueError(f"{name} must be an int or a pair of ints, each at least {minimum}; got {value!r}")
     return items[0], items[1]
 
@@ -48,7 +48,7 @@ def resolve_padding(
         return total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2
     if not isinstance(padding, int) and len(padding) == 4:
         top, bottom, left, right = padding
-        if not all(_at_least(item, 0) for item in padding):
+        if not _at_least(0, padding):
             raise ValueError(f"padding must not be negative; got {tuple(padding)}")
         return top, bottom, left, right
     vertical, horizontal = pair(padding, "padding", 0)
@@ -70,8 +70,9 @@ def output_extent(extent, kernel, stride, before, after, dilation):
     return (extent + before + after - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _at_least(item, minimum: int) -> bool:
+def _at_least(minimum: int, items: Sequence) -> bool:
     # bool is an int, but stride=True is a mistake; a SymInt is not an int, and its sign is not ours to guard on.
-    if isinstance(item, bool):
-        return False
-    return item >= minimum if isinstance(item, int) else type(item).__name__ == "SymInt"
+    for item in items:
+        if item < minimum if type(item) is int else type(item).__name__ != "SymInt":
+            return False
+    return True

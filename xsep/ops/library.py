@@ -33,9 +33,8 @@ ops = torch.ops.xsep
 
 
 def _problem(t: Tensor, nhwc: bool, x_sizes, w_sizes, stride, pad, dilation) -> Problem:
-    return Problem(
-        t.device.type, t.dtype, nhwc, tuple(x_sizes), tuple(w_sizes), tuple(stride), tuple(pad), tuple(dilation)
-    )
+    geometry = tuple(stride), tuple(pad), tuple(dilation)
+    return Problem(t.device.type, t.dtype, nhwc, tuple(x_sizes), tuple(w_sizes), *geometry, t.get_device())
 
 
 def _check_dy(dy: Tensor, sizes) -> None:

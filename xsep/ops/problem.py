@@ -21,6 +21,7 @@ class Problem(NamedTuple):
     stride: tuple[int, ...]
     pad: tuple[int, ...]
     dilation: tuple[int, ...]
+    device_index: int = -1  # -1: the CPU
 
     @property
     def y(self) -> tuple[int, ...]:

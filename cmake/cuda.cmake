@@ -1,0 +1,43 @@
+# Finds nvcc, and sets CMAKE_CUDA_ARCHITECTURES (from itself, CUDAARCHS, TORCH_CUDA_ARCH_LIST or what nvcc can do) and
+# XSEP_CUDA_BUILT (what xsep.info says).  Code for an architecture runs on later minor versions of the same major one;
+# newer cards get the PTX of the last, compiled when it is loaded.
+
+set(architectures "${CMAKE_CUDA_ARCHITECTURES}")
+if(NOT architectures)
+  set(architectures "$ENV{CUDAARCHS}")
+  set(CMAKE_CUDA_ARCHITECTURES OFF)  # for the test of the compiler
+endif()
+enable_language(CUDA)
+set(CMAKE_CUDA_STANDARD 17)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
+
+if(NOT architectures AND DEFINED ENV{TORCH_CUDA_ARCH_LIST})
+  string(REGEX REPLACE "[ ,]+" ";" wanted "$ENV{TORCH_CUDA_ARCH_LIST}")
+  foreach(item IN LISTS wanted)
+    if(NOT item MATCHES "^([0-9]+)\\.([0-9]+[a-z]?)(\\+PTX)?$")
+      message(FATAL_ERROR "TORCH_CUDA_ARCH_LIST must be like \"7.5 8.0 9.0+PTX\"; got \"${item}\"")
+    endif()
+    set(number "${CMAKE_MATCH_1}${CMAKE_MATCH_2}")
+    list(APPEND architectures "${number}-real")
+    if(CMAKE_MATCH_3)
+      list(APPEND architectures "${number}-virtual")
+    endif()
+  endforeach()
+elseif(NOT architectures)
+  execute_process(COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-arch OUTPUT_VARIABLE known COMMAND_ERROR_IS_FATAL ANY)
+  foreach(number 37 50 60 70 75 80 90 100 120)
+    if(known MATCHES "compute_${number}[^0-9]")
+      list(APPEND architectures "${number}-real")
+      set(newest ${number})
+    endif()
+  endforeach()
+  list(APPEND architectures "${newest}-virtual")
+endif()
+set(CMAKE_CUDA_ARCHITECTURES "${architectures}")
+
+string(REGEX REPLACE "([0-9]+[a-z]?)-real" "sm_\\1" listed "${architectures}")
+string(REGEX REPLACE "([0-9]+[a-z]?)-virtual" "PTX of compute_\\1" listed "${listed}")
+string(REPLACE ";" ", " listed "${listed}")
+set(XSEP_CUDA_BUILT "${listed}, by nvcc ${CMAKE_CUDA_COMPILER_VERSION}")
+message(STATUS "xsep: CUDA kernels for ${XSEP_CUDA_BUILT}")

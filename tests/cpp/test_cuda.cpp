@@ -1,0 +1,231 @@
+// Every family of CUDA kernels, on every call that it takes: passes, layouts, element types, functions on load, dense
+// and sliced inputs, against naive loops in double.  On a GPU, or on the host emulator, there in several orders of
+// threads.
+//
+//   g++ -std=c++17 -DXSEP_EMULATE_CUDA ...            or, with the sources of csrc/cuda,
+//   nvcc -std=c++17 -arch=sm_70 -x cu -Icsrc ...      exit code 77: there is no GPU
+
+#include <cstdlib>
+#include <exception>
+
+#include "cases.h"
+#include "cuda/depthwise.h"
+
+using namespace xsep;
+using namespace xsep::cases;
+
+namespace {
+
+// Bytes that kernels can reach: of the device, or exactly so many of the host.
+class Memory {
+ public:
+  explicit Memory(const std::vector<char>& bytes) : size_(bytes.size()) {
+    allocate();
+    if (size_ > 0) write(bytes);
+  }
+  // All ones: NaN in every type.
+  explicit Memory(int64_t size) : Memory(std::vector<char>(size, static_cast<char>(0xff))) {}
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  ~Memory() { free(); }
+
+  void* get() const { return data_; }
+  std::vector<char> bytes() const {
+    std::vector<char> result(size_);
+    if (size_ > 0) read(result);
+    return result;
+  }
+
+ private:
+#if defined(XSEP_EMULATE_CUDA)
+  void allocate() {
+    if (posix_memalign(&data_, 64, size_) != 0) std::abort();
+  }
+  void free() { std::free(data_); }
+  void write(const std::vector<char>& bytes) { std::memcpy(data_, bytes.data(), size_); }
+  void read(std::vector<char>& bytes) const { std::memcpy(bytes.data(), data_, size_); }
+#else
+  static void check(cudaError_t error) {
+    if (error == cudaSuccess) return;
+    std::printf("FAILED: %s\n", cudaGetErrorString(error));
+    std::exit(1);
+  }
+  void allocate() { check(cudaMalloc(&data_, size_ > 0 ? size_ : 1)); }
+  void free() { cudaFree(data_); }
+  void write(const std::vector<char>& bytes) { check(cudaMemcpy(data_, bytes.data(), size_, cudaMemcpyHostToDevice)); }
+  void read(std::vector<char>& bytes) const { check(cudaMemcpy(bytes.data(), data_, size_, cudaMemcpyDeviceToHost)); }
+#endif
+
+  size_t size_;
+  void* data_ = nullptr;
+};
+
+#if defined(XSEP_EMULATE_CUDA)
+// The choice of a kernel and of its grid depends on the device: a large and a small one.
+std::vector<cuda::Device> devices() { return {{90, 132, 227 * 1024}, {70, 2, 96 * 1024}}; }
+constexpr const char* kOrders[] = {"ascending", "descending", "1"};
+void set_order(const char* order) { cuda::emulator::set_order(order); }
+#else
+std::vector<cuda::Device> devices() {
+  int device, major, minor, multiprocessors, shared_bytes;
+  if (cudaGetDevice(&device) != cudaSuccess) return {};
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return {{10 * major + minor, multiprocessors, shared_bytes}};
+}
+constexpr const char* kOrders[] = {"once", "twice"};  // the same
+void set_order(const char*) {}
+#endif
+
+// A tensor with a copy of its bytes where kernels can reach it.
+struct Buffer {
+  explicit Buffer(const Tensor& tensor) : tensor(tensor), memory(tensor.bytes) {}
+  Buffer(Tensor tensor, const std::vector<double>& values) : Buffer((tensor.fill(values), tensor)) {}
+
+  TensorRef ref() const { return tensor.ref(memory.get()); }
+  std::vector<double> values() {
+    tensor.bytes = memory.bytes();
+    return tensor.values();
+  }
+
+  Tensor tensor;
+  Memory memory;
+};
+
+Tensor vector(Dtype dtype, int64_t count) { return {dtype, false, 1, count, 1, 1}; }
+
+// One problem in one layout, its inputs in memory.
+class Case {
+ public:
+  Case(const Problem& problem, bool nhwc, bool slices, const cuda::Device& device, const std::string& what)
+      : problem_(problem),
+        device_(device),
+        what_(what),
+        x_({problem.dtype, nhwc, s().N, s().C, s().H, s().W, slices}, problem.x),
+        dy_({problem.dtype, nhwc, s().N, s().K(), s().P(), s().Q(), slices}, problem.dy),
+        w_(vector(problem.dtype, s().w_numel()), problem.w),
+        bias_(vector(problem.dtype, s().K()), problem.bias),
+        center_(vector(problem.vector_type, s().C), problem.center),
+        scale_(vector(problem.vector_type, s().C), problem.scale),
+        shift_(vector(problem.vector_type, s().C), problem.shift) {
+    args_.shape = s(), args_.dtype = problem.dtype, args_.nhwc = nhwc;
+    args_.x = x_.ref(), args_.dy = dy_.ref(), args_.w = w_.memory.get();
+    if (problem.affine) args_.on_load = {center_.memory.get(), scale_.memory.get(), shift_.memory.get(), false};
+    args_.on_load.relu = problem.relu;
+  }
+
+  void run() {
+    run(Pass::kFprop, " fprop", false);
+    run(Pass::kFprop, " fprop with bias", true);
+    run(Pass::kDgrad, " dgrad", false);
+    run(Pass::kWgrad, " wgrad", false);
+    run(Pass::kDgradWgrad, " dgrad_wgrad", true);
+    if (problem_.affine) run(Pass::kDgradWgrad, " dgrad_wgrad without dscale and dshift", false);
+  }
+
+ private:
+  const ConvShape& s() const { return problem_.shape; }
+
+  // All families that take the pass.
+  void run(Pass pass, const std::string& name, bool all_arguments) {
+    args_.pass = pass;
+    args_.bias = pass == Pass::kFprop && all_arguments ? bias_.memory.get() : nullptr;
+    const cuda::Kernel* first = nullptr;
+    for (const cuda::Kernel& kernel : cuda::kernels(problem_.dtype)) {
+      if (!kernel.why_not(args_, device_).empty()) continue;
+      if (!first) first = &kernel;
+      std::vector<char> result;
+      for (const char* order : kOrders) {
+        set_order(order);
+        const std::string what = what_ + name + ", " + kernel.name + ", " + order;
+        try {
+          run(kernel, all_arguments, what, result);
+        } catch (const std::exception& error) {
+          fail(what, error.what());
+        }
+      }
+    }
+    ++checks;
+    if (!first || cuda::choose(args_, device_) != first) fail(what_ + name, "not the first family that takes it");
+  }
+
+  // `result`: the bytes of an earlier run, which must be the same.
+  void run(const cuda::Kernel& kernel, bool all_arguments, const std::string& what, std::vector<char>& result) {
+    const Problem& p = problem_;
+    const bool nhwc = args_.nhwc, gradients = all_arguments && p.affine;
+    DepthwiseArgs args = args_;
+    Memory workspace(kernel.workspace_bytes(args, device_));
+    args.workspace = workspace.get();
+    Buffer y({p.dtype, nhwc, s().N, s().K(), s().P(), s().Q()}), dx({p.dtype, nhwc, s().N, s().C, s().H, s().W});
+    Buffer dw(vector(p.dtype, s().w_numel()));
+    Buffer dscale(vector(p.vector_type, s().C)), dshift(vector(p.vector_type, s().C));
+    const bool makes_y = args.pass == Pass::kFprop,
+               makes_dx = args.pass == Pass::kDgrad || args.pass == Pass::kDgradWgrad,
+               makes_dw = args.pass == Pass::kWgrad || args.pass == Pass::kDgradWgrad,
+               makes_vectors = args.pass == Pass::kDgradWgrad && gradients;
+    if (makes_y) args.y = y.memory.get();
+    if (makes_dx) args.dx = dx.memory.get();
+    if (makes_dw) args.dw = dw.memory.get();
+    if (makes_vectors) args.dscale = dscale.memory.get(), args.dshift = dshift.memory.get();
+
+    const cudaError_t error = kernel.run(args, device_, nullptr);
+    if (error != cudaSuccess) return fail(what, cudaGetErrorString(error));
+    std::vector<char> bytes;
+    const auto check = [&](bool made, const char* name, Buffer& buffer, const Truth& truth) {
+      if (!made) return;
+      compare(what + name, buffer.tensor.dtype, buffer.values(), truth);
+      bytes.insert(bytes.end(), buffer.tensor.bytes.begin(), buffer.tensor.bytes.end());
+    };
+    check(makes_y, "", y, args.bias ? p.y_bias : p.y);
+    check(makes_dx, " dx", dx, args.pass == Pass::kDgrad ? p.du : p.dx);
+    check(makes_dw, " dw", dw, p.dw);
+    check(makes_vectors, " dscale", dscale, p.dscale);
+    check(makes_vectors, " dshift", dshift, p.dshift);
+    ++checks;
+    if (!result.empty() && bytes != result) fail(what, "the result differs from that of an earlier run");
+    result = std::move(bytes);
+  }
+
+  static void fail(const std::string& what, const std::string& why) {
+    ++failures;
+    std::printf("FAILED %s: %s\n", what.c_str(), why.c_str());
+  }
+
+  const Problem& problem_;
+  const cuda::Device device_;
+  const std::string what_;
+  const Buffer x_, dy_, w_, bias_, center_, scale_, shift_;
+  DepthwiseArgs args_{};
+};
+
+}  // namespace
+
+// Arguments, if any: only shapes whose names begin with one of them.
+int main(int count, char** names) {
+  const std::vector<cuda::Device> devices = ::devices();
+  if (devices.empty()) {
+    std::printf("no GPU: skipped\n");
+    return 77;
+  }
+  for (const Named& named : kShapes) {
+    bool wanted = count <= 1;
+    for (int i = 1; i < count; ++i) wanted |= std::strncmp(named.name, names[i], std::strlen(names[i])) == 0;
+    if (!wanted) continue;
+    for (Dtype dtype : kDtypes)
+      for (Load load : {Load::kNothing, Load::kRelu, Load::kAffine, Load::kBoth}) {
+        const Problem problem(named.shape, dtype, load);
+        for (bool nhwc : {false, true})
+          for (bool slices : {false, true}) {
+            const cuda::Device& device = devices[(slices + static_cast<int>(load)) % devices.size()];
+            Case(problem, nhwc, slices, device,
+                 std::string(named.name) + " " + name(dtype) + (nhwc ? " NHWC" : " NCHW") + name(load) +
+                     (slices ? " slices" : ""))
+                .run();
+          }
+      }
+  }
+  std::printf("%d checks, %d failed\n", checks, failures);
+  return failures != 0;
+}

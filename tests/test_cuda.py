@@ -1,0 +1,379 @@
+"""The CUDA kernels, emulated on the host and (``-m gpu``) on a card, beyond what they share with the other backends."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conv_cases import DTYPES, LAYOUTS, dense, rounded, torch_results, true_results
+from gradients import assert_all_no_worse_than_torch, results
+from torch.nn import functional as F
+
+import xsep
+from xsep import selftest
+from xsep.ops.backends import BACKENDS
+from xsep.ops.compiled import PASSES
+from xsep.ops.cuda import CudaBackend
+from xsep.ops.problem import Problem
+from xsep.shapes import NAMED, Shape
+from xsep.testing import assert_no_worse_than_torch
+
+ops = torch.ops.xsep
+EMULATED = BACKENDS["cuda-emulated"]
+
+
+def square(C, H, W, kernel, stride=1, dilation=1, N=2):
+    pad = dilation * (kernel // 2)
+    return Shape(N, C, H, W, kernel, kernel, 1, (stride, stride), (pad,) * 4, (dilation, dilation))
+
+
+# What the specialised kernels are for: their channels fill vectors, and there are more of them than a block takes.
+SPECIALISED = {
+    **{f"{k}x{k}_stride{s}": square(72, 13, 14, k, s) for k in (3, 5, 7) for s in (1, 2)},
+    **{f"{k}x{k}_wide": square(8, 4, 75, k, N=1) for k in (3, 5, 7)},
+    **{f"{k}x{k}_tall": square(8, 70, 5, k, N=1) for k in (3, 5, 7)},
+    **{f"{k}x{k}_small": square(40, 7, 7, k, N=3) for k in (3, 5, 7)},
+    **{f"{k}x{k}_dilated": square(16, 15, 14, k, dilation=2, N=1) for k in (3, 5, 7)},
+    **{f"{k}x{k}_stride2_wide": square(8, 9, 75, k, 2, N=1) for k in (3, 5, 7)},
+    "tf_same_stride2": Shape(1, 24, 12, 14, 3, 3, stride=(2, 2), pad=(0, 1, 0, 1)),
+    "valid": Shape(1, 24, 9, 10, 5, 5),
+    "pad_beyond_kernel": Shape(1, 16, 4, 4, 3, 3, pad=(4, 5, 6, 3)),
+    "one_column": Shape(3, 32, 5, 1, 3, 3, pad=(1, 1, 1, 1)),
+}
+
+
+def tensors(case, dtype, layout, device):
+    """Dense ones, which vectors can read."""
+    p = Problem("cpu", dtype, False, case.x_sizes, case.w_sizes, *case.geometry)
+    x, dy = (dense(sizes, dtype, i, device).contiguous(memory_format=layout) for i, sizes in enumerate((p.x, p.y)))
+    return x, dense(p.w, dtype, 2, device), dense(p.w[:1], dtype, 3, device), dy
+
+
+def problem(case, x, nhwc):
+    return Problem(x.device.type, x.dtype, nhwc, case.x_sizes, case.w_sizes, *case.geometry, x.get_device())
+
+
+def all_maps(backend, p, x, w, bias, dy):
+    return [
+        backend.fprop(p, x, w, bias),
+        backend.dgrad(p, dy, w),
+        backend.wgrad(p, dy, x),
+        *backend.dgrad_wgrad(p, dy, x, w),
+    ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
+@pytest.mark.parametrize("name", sorted(SPECIALISED))
+def test_specialised_kernels(name, dtype, layout, cuda):
+    case = SPECIALISED[name]
+    x, w, bias, dy = tensors(case, dtype, layout, cuda.device)
+    p = problem(case, x, layout == torch.channels_last)
+    ran = [cuda.kernel(p, pass_) for pass_ in range(4)]
+    assert all(family.endswith("nhwc" if p.nhwc else "nchw") for family in ran), ran
+    truth = rounded(true_results(case, x, w, bias, dy), cuda.device)
+    theirs = torch_results(case, x, w, bias, dy)
+    for i, what, ours in zip((0, 1, 2, 1, 2), (*PASSES, "dgrad_wgrad dw"), all_maps(cuda, p, x, w, bias, dy)):
+        assert_no_worse_than_torch(ours, theirs[i], truth[i], f"{what} of {name} in {dtype}, {layout}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_slices_that_begin_anywhere(offset, layout, cuda):
+    """Whether vectors may be used is asked of the pointers and strides of every call."""
+    case = square(16, 9, 10, 3)
+    x, w, bias, dy = tensors(case, torch.float16, layout, cuda.device)
+    expected = all_maps(cuda, problem(case, x, layout == torch.channels_last), x, w, bias, dy)
+
+    def moved(t):
+        larger = t.new_zeros(t.shape[0], t.shape[1] + 2 * offset, *t.shape[2:]).contiguous(memory_format=layout)
+        larger[:, offset : offset + t.shape[1]] = t
+        return larger[:, offset : offset + t.shape[1]]
+
+    x, dy = moved(x), moved(dy)
+    for mine, theirs in zip(all_maps(cuda, problem(case, x, layout == torch.channels_last), x, w, bias, dy), expected):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_a_small_model(cuda):
+    torch.manual_seed(0)
+    theirs = timm.create_model("mobilenetv3_small_050", num_classes=10).eval().to(cuda.device)
+    ours = xsep.convert(timm.create_model("mobilenetv3_small_050", num_classes=10), report=None).eval().to(cuda.device)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 3, 64, 64, device=cuda.device).contiguous(memory_format=torch.channels_last)
+    truth = timm.create_model("mobilenetv3_small_050", num_classes=10).eval().double().to(cuda.device)
+    truth.load_state_dict(theirs.state_dict())
+    (y, *grads), (torch_y, *torch_grads), (true_y, *true_grads) = (
+        results(ours, x),
+        results(theirs, x),
+        results(truth, x.double()),
+    )
+    assert_no_worse_than_torch(y, torch_y, true_y, "output")
+    assert_all_no_worse_than_torch(grads, torch_grads, true_grads, "gradients")
+
+
+def test_explain_names_the_kernel(cuda):
+    x, w = torch.randn(1, 16, 8, 8, device=cuda.device), torch.randn(16, 1, 3, 3, device=cuda.device)
+    assert f"{cuda.name:14s} runs (forced): depthwise_fprop_nchw" in xsep.explain(x, w, padding=1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    assert "runs (forced): depthwise_fprop_nhwc" in xsep.explain(x, w, padding=1)
+    assert "runs (forced): depthwise_generic" in xsep.explain(x, w, stride=3)
+
+
+def test_a_named_family_runs_or_says_why_not(cuda):
+    case = square(16, 9, 10, 3)
+    x, w, bias, dy = tensors(case, torch.float32, torch.channels_last, cuda.device)
+    p = problem(case, x, True)
+    expected = all_maps(cuda, p, x, w, bias, dy)
+    for mine, theirs in zip(all_maps(cuda.only("depthwise_generic"), p, x, w, bias, dy), expected):
+        torch.testing.assert_close(mine, theirs)
+    with pytest.raises(ValueError, match="depthwise_fprop_nchw does not take fprop, float32 NHWC, x 2x16x9x10, w"):
+        cuda.only("depthwise_fprop_nchw").fprop(p, x, w, None)
+    with pytest.raises(ValueError, match="no kernel family 'fast'"):
+        cuda.only("fast").fprop(p, x, w, None)
+    reasons = cuda.why_not_families(p, 0)
+    assert reasons["depthwise_fprop_nhwc"] == "" and reasons["depthwise_generic"] == "comes after depthwise_fprop_nhwc"
+
+
+def test_a_family_is_switched_off(cuda):
+    case = square(16, 9, 10, 3)
+    x, w, _, _ = tensors(case, torch.float32, torch.channels_last, cuda.device)
+    p = problem(case, x, True)
+    try:
+        cuda.set_enabled(torch.float32, "depthwise_fprop_nhwc", False)
+        assert cuda.kernel(p) == "depthwise_generic"
+        assert cuda.why_not_families(p, 0)["depthwise_fprop_nhwc"] == "is switched off"
+        ops.fprop(x, w, None, *case.geometry)
+        cuda.set_enabled(torch.float32, "depthwise_generic", False)
+        with pytest.raises(RuntimeError, match="is forced but cannot run.*fprop.*depthwise_generic is switched off"):
+            ops.fprop(x, w, None, *case.geometry)
+        assert cuda.kernel(p._replace(dtype=torch.float16)) == "depthwise_fprop_nhwc"  # of this dtype alone
+    finally:
+        for family in cuda.families(torch.float32):
+            cuda.set_enabled(torch.float32, family, True)
+    with pytest.raises(ValueError, match="no kernel family 'fast'"):
+        cuda.set_enabled(torch.float32, "fast", False)
+    assert cuda.kernel(p) == "depthwise_fprop_nhwc"
+
+
+@pytest.fixture
+def emulator():
+    if EMULATED.why_absent() is not None:
+        pytest.skip("install with XSEP_EMULATE_CUDA=1 in the environment")
+    yield EMULATED.module
+    EMULATED.module.set_order("ascending")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", ["3x3_stride1", "5x5_stride2", "7x7_small", "multiplier", "13x13"])
+def test_any_order_of_threads_gives_the_same_bits(name, layout, emulator):
+    case = {**NAMED, **SPECIALISED}[name]
+    x, w, bias, dy = tensors(case, torch.float32, layout, "cpu")
+    p = problem(case, x, layout == torch.channels_last)
+    expected = all_maps(EMULATED, p, x, w, bias, dy)
+    for order in ("descending", "7"):
+        emulator.set_order(order)
+        assert all(torch.equal(*pair) for pair in zip(all_maps(EMULATED, p, x, w, bias, dy), expected)), order
+
+
+def test_the_emulator_counts(emulator):
+    case = square(64, 9, 10, 3, N=1)
+    x, w, _, _ = tensors(case, torch.float32, torch.channels_last, "cpu")
+    emulator.start_counting()
+    y = EMULATED.fprop(problem(case, x, True), x, w, None)
+    (launch,) = emulator.stop_counting()
+    assert launch["stores"]["bytes"] == y.nbytes and launch["stores"]["accesses"][16] == y.nbytes // 16
+    assert launch["stores"]["distinct_sectors"] == y.nbytes // 32
+    assert launch["loads"]["distinct_sectors"] * 32 >= x.nbytes
+    assert launch["grid"] >= 1 and launch["block"] % 32 == 0
+
+
+@pytest.fixture
+def no_verdicts(tmp_path, monkeypatch):
+    """A cache directory of its own, and a process that knows nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(selftest, "_ensured", set())
+    return tmp_path / "xsep" / "selftest.json"
+
+
+def test_selftest_passes(cuda, no_verdicts, capsys):
+    assert selftest.main(["--backend", cuda.name]) == 0
+    lines = [line.replace(" (", "(").split() for line in capsys.readouterr().out.splitlines()]
+    cells = {tuple(line[:2]): line[2:] for line in lines if len(line) > 2 and line[1].startswith("depthwise_")}
+    assert len(cells) == 3 * 5 + 1 and all("-" not in row for (_, name), row in cells.items() if "generic" in name)
+    assert "-" not in [row[0] for (_, name), row in cells.items() if "fprop" in name]
+    assert "-" not in [cell for (_, name), row in cells.items() if "backward" in name for cell in row[-2:]]
+
+
+def test_a_failed_selftest_switches_off_and_is_remembered(no_verdicts, monkeypatch, emulator):
+    outputs, family, dtype = selftest._outputs, "depthwise_fprop_nhwc", torch.float16
+
+    def spoiled(backend, name, case):
+        found = outputs(backend, name, case)
+        return tuple(t + 1 for t in found) if (backend.family, name) == (family, "fprop") else found
+
+    monkeypatch.setattr(selftest, "_outputs", spoiled)
+    p = Problem("cpu", dtype, True, (1, 16, 8, 8), (16, 1, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    try:
+        assert not selftest.is_known(EMULATED, dtype, 0)
+        with pytest.warns(UserWarning, match="switches depthwise_fprop_nhwc off for torch.float16.*report"):
+            selftest.ensure(EMULATED, dtype, 0)
+        assert EMULATED.kernel(p) == "depthwise_generic"
+        assert list(json.loads(no_verdicts.read_text()).values()) == [{"torch.float16": [family]}]
+        selftest.ensure(EMULATED, dtype, 0)  # says nothing twice
+        EMULATED.set_enabled(dtype, family, True)
+
+        # Another process reads the verdict; another driver asks for a new one.
+        monkeypatch.setattr(selftest, "_ensured", set())
+        monkeypatch.setattr(selftest, "check", None)
+        assert selftest.is_known(EMULATED, dtype, 0)
+        with pytest.warns(UserWarning, match="switches depthwise_fprop_nhwc off"):
+            selftest.ensure(EMULATED, dtype, 0)
+        assert EMULATED.kernel(p) == "depthwise_generic"
+        monkeypatch.setattr(selftest, "_ensured", set())
+        monkeypatch.setattr(selftest, "_driver", lambda module: "another")
+        assert not selftest.is_known(EMULATED, dtype, 0)
+        monkeypatch.setenv("XSEP_SKIP_SELFTEST", "1")
+        selftest.ensure(EMULATED, dtype, 0)
+    finally:
+        EMULATED.set_enabled(dtype, family, True)
+
+
+def test_selftest_prints_what_failed(no_verdicts, monkeypatch, emulator, capsys):
+    truth = selftest._truth
+    monkeypatch.setattr(selftest, "_truth", lambda *a: {k: [(v + 1, s) for v, s in o] for k, o in truth(*a).items()})
+    assert selftest.main(["--backend", "cuda-emulated", "--dtypes", "float64"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED depthwise_generic, torch.float64, fprop: 3x3_stride1 NCHW: " in out and "instead of" in out
+
+
+def test_selftest_sees_what_is_not_written(monkeypatch, emulator):
+    torch.use_deterministic_algorithms(False)  # it is the self-test that fills memory
+    monkeypatch.setattr(CudaBackend, "_run", lambda *arguments: None)
+    for result in selftest.check(EMULATED, torch.float64):
+        assert "nan instead of" in result.failure, result
+
+
+def test_a_verdict_that_cannot_be_read_or_kept(no_verdicts, emulator):
+    no_verdicts.parent.mkdir()
+    for text in ("", "[]", '{"a": 1}'):
+        no_verdicts.write_text(text)
+        assert selftest._read(EMULATED, torch.float64, 0) is None
+    no_verdicts.unlink()
+    no_verdicts.mkdir()  # nothing can be put in its place
+    assert selftest.record(EMULATED, torch.float64, 0, []) == []
+
+
+def test_selftest_says_what_is_missing(tmp_path):
+    if BACKENDS["cuda"].why_absent() is None:
+        pytest.skip("this installation has CUDA kernels")
+    command = [sys.executable, "-m", "xsep.selftest", "--backend", "cuda"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ})
+    assert run.returncode == 2 and "no CUDA kernels" in run.stderr
+
+
+@pytest.fixture
+def card():
+    """The cuda backend, chosen by the tensors' device; tests with it run on a card only."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device that torch can use")
+    if BACKENDS["cuda"].why_absent() is not None:
+        pytest.skip(BACKENDS["cuda"].why_absent())
+    torch.use_deterministic_algorithms(False)  # filling memory would put kernels of torch's between ours
+    return BACKENDS["cuda"]
+
+
+@pytest.mark.gpu
+def test_cuda_tensors_take_the_cuda_backend(card):
+    x, w = torch.randn(1, 16, 8, 8, device="cuda"), torch.randn(16, 1, 3, 3, device="cuda")
+    assert "cuda           runs: depthwise_fprop_nchw" in xsep.explain(x, w)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_deterministic(dtype, layout, card):
+    for case in (square(728, 19, 19, 3, N=8), square(96, 56, 56, 7, N=8), square(144, 56, 56, 5, 2, N=8)):
+        x, w, bias, dy = tensors(case, dtype, layout, "cuda")
+        p = problem(case, x, layout == torch.channels_last)
+        first = all_maps(card, p, x, w, bias, dy)
+        for _ in range(20):
+            assert all(torch.equal(*pair) for pair in zip(all_maps(card, p, x, w, bias, dy), first))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
+def test_cuda_graphs(layout, card):
+    case = square(64, 30, 30, 3)
+    x, w, bias, dy = tensors(case, torch.float16, layout, "cuda")
+    p = problem(case, x, layout == torch.channels_last)
+    ops.fprop(x, w, bias, *case.geometry)  # the self-test comes before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [ops.fprop(x, w, bias, *case.geometry), *ops.dgrad_wgrad(dy, x, w, *case.geometry)]
+    for seed in (5, 6):
+        x.copy_(dense(x.shape, x.dtype, seed, "cuda"))
+        graph.replay()
+        expected = [card.fprop(p, x, w, bias), *card.dgrad_wgrad(p, dy, x, w)]
+        assert all(torch.equal(*pair) for pair in zip(captured, expected))
+
+
+@pytest.mark.gpu
+def test_no_test_runs_while_a_graph_is_captured(card, no_verdicts):
+    x, w = torch.randn(1, 8, 9, 9, device="cuda"), torch.randn(8, 1, 3, 3, device="cuda")
+    card.choice_changes()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ops.fprop(x, w, None, (1, 1), (1, 1, 1, 1), (1, 1))
+    assert not selftest.is_known(card, torch.float32, 0)
+    for _ in range(2):  # the first call finds that a choice was made untested, the next one tests
+        ops.fprop(x, w, None, (1, 1), (1, 1, 1, 1), (1, 1))
+    assert selftest.is_known(card, torch.float32, 0)
+
+
+@pytest.mark.gpu
+def test_streams(card):
+    case = square(256, 56, 56, 3, N=4)
+    x, w, bias, dy = tensors(case, torch.float32, torch.channels_last, "cuda")
+    p = problem(case, x, True)
+    expected = all_maps(card, p, x, w, bias, dy)
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in range(4)], []
+    for stream in streams * 5:
+        with torch.cuda.stream(stream):
+            found.append(all_maps(card, p, x, w, bias, dy))
+    torch.cuda.synchronize()
+    assert all(torch.equal(*pair) for mine in found for pair in zip(mine, expected))
+
+
+@pytest.mark.gpu
+def test_other_devices(card):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device")
+    x, w = torch.randn(1, 16, 8, 8, device="cuda:1"), torch.randn(16, 1, 3, 3, device="cuda:1")
+    torch.testing.assert_close(xsep.depthwise_conv2d(x, w), F.conv2d(x, w, groups=16))
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
+def test_more_than_2_to_the_31_elements(layout, card):
+    if torch.cuda.mem_get_info()[0] < 20e9:
+        pytest.skip(f"needs 20 GB of free memory, there are {torch.cuda.mem_get_info()[0] / 1e9:.1f}")
+    N, C, extent = 9, 64, 1950  # the last image begins beyond 2^31 - 1 elements
+    x = (
+        torch.randn(1, C, extent, extent, device="cuda")
+        .bfloat16()
+        .expand(N, -1, -1, -1)
+        .contiguous(memory_format=layout)
+    )
+    w = torch.randn(C, 1, 3, 3, device="cuda").bfloat16()
+    y = xsep.depthwise_conv2d(x, w, padding=1)
+    assert y.numel() > 2**31 and all(torch.equal(y[0], y[n]) for n in range(1, N))
+    torch.testing.assert_close(y[-1:], F.conv2d(x[-1:], w, padding=1, groups=C), rtol=2e-2, atol=2e-2)
+    dx, dw = ops.dgrad_wgrad(y, x, w, (1, 1), (1, 1, 1, 1), (1, 1))
+    assert all(torch.equal(dx[0], dx[n]) for n in range(1, N))
+    one = ops.wgrad(y[:1], x[:1], w.shape, (1, 1), (1, 1, 1, 1), (1, 1))
+    torch.testing.assert_close(dw.float(), N * one.float(), rtol=2e-2, atol=1)

@@ -1,0 +1,152 @@
+"""The ``cuda`` backend on CUDA tensors, and ``cuda-emulated``: the same kernels on CPU tensors, for tests.
+
+A call runs on the current stream of its device; outputs and workspace are torch's, so that its allocator and CUDA
+graphs know them.  Nothing synchronises.  Before a card's first problem of a dtype, ``xsep.selftest`` says which kernels
+to trust.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from .compiled import CHECKOUT, DTYPES, FPROP, PASSES, CompiledBackend, load, prepared
+from .problem import Problem
+
+
+class CudaBackend(CompiledBackend):
+    """Kernels of one compiled module; with ``family`` those of one family only, be it trusted or not."""
+
+    def __init__(self, name: str, device: str, module_name: str, advice: str, family: str = ""):
+        self.name, self.device, self.family = name, device, family
+        self._built_from = (name, device, module_name, advice)
+        self.module, self._import_error = load(module_name, advice)
+        self.choice_changes: Callable[[], None] = lambda: None  # what to call when other kernels will be chosen
+        self._untested = False  # a choice was made while a graph was captured, when nothing can be tested
+
+    def only(self, family: str) -> CudaBackend:
+        """This backend with kernels of one family."""
+        return CudaBackend(*self._built_from, family)
+
+    def why_not(self, problem: Problem) -> str | None:
+        reason = self.why_absent()
+        if reason is not None:
+            return reason
+        if problem.device != self.device:
+            where = "CUDA devices" if self.device == "cuda" else "the CPU"
+            return f"its tensors live on {where}, not on {problem.device}"
+        if problem.dtype not in DTYPES:
+            return f"it has no kernels for {problem.dtype}"
+        reason = self.why_not_card(_card(problem))
+        if reason is None and self.device == "cuda":
+            self._test_first(problem)
+        return reason or self._why_no_family(problem)
+
+    def why_absent(self) -> str | None:
+        """Why this installation does not have the backend."""
+        if self.module is None:
+            return self._import_error
+        if not hasattr(self.module, "CudaCall"):
+            return f"this installation has no CUDA kernels ({self.module.cuda})"
+        return None
+
+    def why_not_card(self, index: int) -> str | None:
+        """Why nothing runs on a card."""
+        if index >= len(self.module.cuda_cards()):
+            version = self.module.cuda_driver_version() / 1000
+            return f"its CUDA runtime finds no device {index}: the driver, for CUDA {version}, may be too old"
+        reason = _why_no_code(self, index)
+        if reason:
+            card = self.card(index)
+            return f"it has no code for {card.name}, sm_{card.arch} ({self.module.cuda}): {reason}"
+        return None
+
+    def kernel(self, problem: Problem, pass_: int = FPROP, relu: bool | None = None) -> str:
+        """The name of the kernel family that runs a pass on dense tensors.
+
+        Raises ``ValueError`` if it has to be ``self.family`` and that does not take them.
+        """
+        return _call(self, pass_, problem, relu).family(_tensors(problem, 0, relu is not None))
+
+    def families(self, dtype: torch.dtype) -> list[str]:
+        """The kernel families of a dtype, in order of preference."""
+        return self.module.cuda_families(DTYPES[dtype])
+
+    def why_not_families(self, problem: Problem, pass_: int, address: int = 0) -> dict[str, str]:
+        """Each family with the reason why it does not run a pass on tensors at ``address``; the one that does has none.
+
+        The tensors are dense; address 0 is aligned for all.
+        """
+        return dict(_call(self, pass_, problem).why_not(_tensors(problem, address, False)))
+
+    def set_enabled(self, dtype: torch.dtype, family: str, enabled: bool) -> None:
+        """Switches a family on or off, for this process."""
+        self.module.cuda_set_enabled(DTYPES[dtype], family, enabled)
+        self.choice_changes()
+
+    def card(self, index: int) -> Any:
+        """What the kernels' choice depends on: name, arch, multiprocessors, shared_bytes."""
+        return self.module.cuda_cards()[index]
+
+    def _why_no_family(self, problem: Problem) -> str | None:
+        """Why some pass would have no kernel, for slices that begin anywhere."""
+        for pass_, name in enumerate(PASSES):
+            reasons = self.why_not_families(problem, pass_, problem.dtype.itemsize)
+            if "" not in reasons.values():
+                return f"no kernel takes {name}: " + "; ".join(f"{key} {reason}" for key, reason in reasons.items())
+        return None
+
+    def _test_first(self, problem: Problem) -> None:
+        from .. import selftest  # it runs this backend
+
+        if torch.cuda.is_current_stream_capturing() and not selftest.is_known(self, problem.dtype, _card(problem)):
+            self._untested = True
+        else:
+            selftest.ensure(self, problem.dtype, _card(problem))
+
+    def _empty(self, sizes, p: Problem, like: Tensor) -> Tensor:
+        return torch.empty(sizes, dtype=p.dtype, device=like.device, memory_format=p.memory_format)
+
+    def _run(self, pass_: int, p: Problem, out: Tensor, tensors: tuple, relu: bool | None) -> None:
+        workspace = []
+
+        def allocate(size: int) -> int:
+            workspace.append(torch.empty(size, dtype=torch.uint8, device=out.device))
+            return workspace[0].data_ptr()
+
+        _call(self, pass_, p, relu)(tensors, self._stream(out), allocate)
+        if self._untested and not torch.cuda.is_current_stream_capturing():
+            self._untested = False
+            self.choice_changes()
+
+    def _stream(self, out: Tensor) -> int:
+        return torch.cuda.current_stream(out.device).cuda_stream if self.device == "cuda" else 0
+
+
+def _card(p: Problem) -> int:
+    return max(p.device_index, 0)
+
+
+@lru_cache(maxsize=8192)
+def _call(backend: CudaBackend, pass_: int, p: Problem, relu: bool | None = None):
+    module = backend.module
+    return module.CudaCall(*prepared(module, pass_, p, relu), _card(p), backend.family)
+
+
+@lru_cache
+def _why_no_code(backend: CudaBackend, index: int) -> str:
+    return backend.module.cuda_why_no_code(index)
+
+
+def _tensors(p: Problem, address: int, on_load: bool) -> tuple:
+    """The arguments of a call on dense tensors at one address, to ask what it would do."""
+    x, y = (torch.empty(sizes, device="meta", memory_format=p.memory_format) for sizes in (p.x, p.y))
+    w, bias, out, dw = (0,) * 4
+    return address, x.stride(), address, y.stride(), w, bias, out, dw, *(64 if on_load else 0,) * 3, 0, 0
+
+
+CUDA = CudaBackend("cuda", "cuda", "_C", CHECKOUT)
+EMULATED = CudaBackend("cuda-emulated", "cpu", "_C_emulated", "XSEP_EMULATE_CUDA=1 at installation builds it")

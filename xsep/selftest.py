@@ -1,0 +1,324 @@
+"""``python -m xsep.selftest``: every CUDA kernel of this installation against float64, on the card at hand.
+
+The ``cuda`` backend runs the part for a dtype before a card's first problem of it and keeps the verdict in
+``$XDG_CACHE_HOME/xsep``, for this binary, card and driver.  A kernel family that fails is switched off with a warning.
+``XSEP_SKIP_SELFTEST=1`` trusts all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import tempfile
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .ops import aten
+from .ops.backends import BACKENDS
+from .ops.compiled import DTYPES, PASSES
+from .ops.cuda import CudaBackend
+from .ops.problem import Problem
+from .shapes import NAMED, Shape
+
+_SPECIALISED = {
+    f"{k}x{k}_stride{s}": Shape(2, 24, 13, 18, k, k, 1, (s, s), (k // 2,) * 4) for k in (3, 5, 7) for s in (1, 2)
+}
+_DILATED = Shape(1, 24, 15, 14, 5, 5, 1, (1, 1), (4, 4, 4, 4), (2, 2))
+_OTHERS = (
+    *("c_lt_tile", "c_not_multiple_of_tile", "q_gt_tile", "13x13", "1x7", "4x2", "stride2_even_tf_same", "stride3"),
+    *("mixed_strides", "dilated_stride2", "multiplier_stride2", "pad_ge_kernel", "batch_0"),
+)
+SHAPES = {**_SPECIALISED, "5x5_dilated": _DILATED, **{name: NAMED[name] for name in _OTHERS}}
+_lock = threading.Lock()
+_ensured: set[tuple[str, torch.dtype, int]] = set()
+
+
+class Result(NamedTuple):
+    """A pass of a kernel family on every shape it takes."""
+
+    family: str
+    dtype: torch.dtype
+    pass_: str
+    cases: int
+    worst: float  # error in units of what is allowed
+    failure: str  # of the first case that failed, or empty
+
+
+class Case(NamedTuple):
+    """Tensors of numbers that every dtype holds exactly, and what the passes make of them in float64."""
+
+    what: str
+    problem: Problem
+    on_load: tuple | None
+    x: Tensor
+    w: Tensor
+    bias: Tensor
+    dy: Tensor
+    truth: dict[str, list[tuple[Tensor, Tensor]]]  # of each output: its value, the sum of the sizes of its terms
+
+
+def check(backend: CudaBackend, dtype: torch.dtype, card: int = 0) -> list[Result]:
+    """Holds every family of a dtype against float64.  Raises what went wrong on the device before."""
+    device = torch.device(backend.device, card) if backend.device == "cuda" else torch.device("cpu")
+    _synchronize(device)
+    families = [backend.only(family) for family in backend.families(dtype)]
+    found = {(f.family, name): Result(f.family, dtype, name, 0, 0.0, "") for f in families for name in PASSES}
+    for name, shape in SHAPES.items():
+        for nhwc in (False, True):
+            for with_on_load in (False, True):
+                case = _case(name, shape, dtype, nhwc, with_on_load, device)
+                for family in families:
+                    for pass_ in PASSES:
+                        key = family.family, pass_
+                        found[key] = _checked(found[key], family, pass_, case)
+    return list(found.values())
+
+
+def _checked(so_far: Result, family: CudaBackend, name: str, case: Case) -> Result:
+    pass_ = PASSES.index(name)
+    if name not in case.truth:
+        return so_far
+    try:
+        family.kernel(case.problem, pass_, None if case.on_load is None else case.on_load[3])
+    except ValueError:
+        return so_far  # it does not take such a problem
+    try:
+        with _NanFilledMemory():
+            outputs = _outputs(family, name, case)
+        _synchronize(case.x.device)
+    except RuntimeError as error:
+        return so_far._replace(cases=so_far.cases + 1, failure=so_far.failure or f"{case.what}: {error}")
+    worst, failure = so_far.worst, so_far.failure
+    for ours, (value, size) in zip(outputs, case.truth[name]):
+        ratio = (ours.cpu().double() - value).abs() / _allowed(ours.dtype, value, size)
+        largest = ratio.max().item() if ratio.numel() else 0.0
+        worst = max(worst, largest)
+        if not largest <= 1 and not failure:  # NaN too
+            at = tuple((~(ratio <= 1)).nonzero()[0].tolist())
+            failure = f"{case.what}: {ours[at].item():.9g} instead of {value[at].item():.9g} at {at}"
+    return so_far._replace(cases=so_far.cases + 1, worst=worst, failure=failure)
+
+
+class _NanFilledMemory(TorchDispatchMode):
+    """New tensors are NaN for this thread, so that an element which a kernel does not write shows."""
+
+    _NEW = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self._NEW:
+            result.fill_(torch.nan if result.is_floating_point() else 255)
+        return result
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _allowed(dtype: torch.dtype, value: Tensor, size: Tensor) -> Tensor:
+    """Some roundings of the accumulation, one of the output."""
+    accumulation = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    return 16 * accumulation * size + torch.finfo(dtype).eps / 2 * value.abs() + torch.finfo(dtype).tiny
+
+
+def _outputs(backend: CudaBackend, name: str, case: Case) -> tuple[Tensor, ...]:
+    p, x, w, dy = case.problem, case.x, case.w, case.dy
+    if name == "fprop":
+        return (backend.fprop(p, x, w, case.bias, case.on_load),)
+    if name == "dgrad":
+        return (backend.dgrad(p, dy, w),)
+    if name == "wgrad":
+        return (backend.wgrad(p, dy, x, case.on_load),)
+    if case.on_load is None:
+        return backend.dgrad_wgrad(p, dy, x, w)
+    return backend.dgrad_wgrad_on_load(p, dy, x, w, case.on_load)
+
+
+def _case(name: str, shape: Shape, dtype: torch.dtype, nhwc: bool, with_on_load: bool, device: torch.device) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    exact = Problem("cpu", torch.float64, nhwc, shape.x_sizes, shape.w_sizes, *shape.geometry)
+    problem = exact._replace(device=device.type, dtype=dtype, device_index=-1 if device.index is None else device.index)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randint(-16, 17, sizes, generator=generator, dtype=torch.float64) / 8
+
+    def moved(t: Tensor, to: torch.dtype = dtype) -> Tensor:
+        return t.to(device, to)
+
+    def laid_out(t: Tensor) -> Tensor:
+        return moved(t).contiguous(memory_format=problem.memory_format)
+
+    x, w, bias, dy = draw(*shape.x_sizes), draw(*shape.w_sizes), draw(shape.w_sizes[0]), draw(*exact.y)
+    vectors = [draw(shape.C) for _ in range(3)] if with_on_load else None
+    on_load = None
+    if vectors is not None:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        on_load = (*(moved(v, wide) for v in vectors), True)
+    return Case(
+        f"{name} {'NHWC' if nhwc else 'NCHW'}{' on_load' if with_on_load else ''}",
+        *(problem, on_load, laid_out(x), moved(w), moved(bias), laid_out(dy), _truth(exact, x, w, bias, dy, vectors)),
+    )
+
+
+def _truth(p: Problem, x: Tensor, w: Tensor, bias: Tensor, dy: Tensor, vectors) -> dict[str, list]:
+    """The outputs of each pass, with the sums of the sizes of their terms."""
+
+    def each(f, *tensors):
+        return f(p, *tensors), f(p, *(t.abs() for t in tensors))
+
+    dx = each(aten.dgrad, dy, w)
+    if vectors is None:
+        dw = each(aten.wgrad, dy, x)
+        return {"fprop": [each(aten.fprop, x, w, bias)], "dgrad": [dx], "wgrad": [dw], "dgrad_wgrad": [dx, dw]}
+    center, scale, shift = (v.view(1, -1, 1, 1) for v in vectors)
+    u = (scale * (x - center) + shift).relu()
+    du = [t * (u > 0) for t in dx]
+    through = du[0] * scale, du[1] * scale.abs()
+    dscale = (du[0] * (x - center)).sum((0, 2, 3)), (du[1] * (x - center).abs()).sum((0, 2, 3))
+    dw, dshift = each(aten.wgrad, dy, u), tuple(t.sum((0, 2, 3)) for t in du)
+    return {"fprop": [each(aten.fprop, u, w, bias)], "wgrad": [dw], "dgrad_wgrad": [through, dw, dscale, dshift]}
+
+
+def is_known(backend: CudaBackend, dtype: torch.dtype, card: int) -> bool:
+    """Whether nothing would have to be run to know which kernels to trust."""
+    skipped = os.environ.get("XSEP_SKIP_SELFTEST") == "1"
+    return skipped or (backend.name, dtype, card) in _ensured or _read(backend, dtype, card) is not None
+
+
+def ensure(backend: CudaBackend, dtype: torch.dtype, card: int) -> None:
+    """Sees to it that only kernels that passed are enabled, by running them if no verdict is known."""
+    key = backend.name, dtype, card
+    if key in _ensured or os.environ.get("XSEP_SKIP_SELFTEST") == "1":
+        return
+    with _lock:
+        if key in _ensured:
+            return
+        failed = _read(backend, dtype, card)
+        if failed is None:
+            results = _aside(backend, dtype, card)
+            failed = record(backend, dtype, card, results)
+        _ensured.add(key)
+    for family in failed:
+        backend.set_enabled(dtype, family, False)
+    if failed:
+        warnings.warn(
+            f"xsep switches {', '.join(failed)} off for {dtype}: wrong results in the self-test on "
+            f"{backend.card(card).name}. Other kernels take over. Please report what "
+            f"'python -m xsep.selftest --backend {backend.name}' and 'python -m xsep.info' print",
+            stacklevel=2,
+        )
+
+
+def _aside(backend: CudaBackend, dtype: torch.dtype, card: int) -> list[Result]:
+    """``check`` in a thread of its own: the caller's modes, autocast, gradients and streams stay out of it."""
+    with ThreadPoolExecutor(1, "xsep.selftest") as thread:
+        return thread.submit(check, backend, dtype, card).result()
+
+
+def record(backend: CudaBackend, dtype: torch.dtype, card: int, results: list[Result]) -> list[str]:
+    """Keeps the verdict for later processes; returns the families that failed."""
+    failed = sorted({result.family for result in results if result.failure})
+    path = _verdicts()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _load(path)
+        kept.setdefault(_key(backend, card), {})[str(dtype)] = failed
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(kept, file, indent=1)
+        os.replace(temporary, path)
+    except OSError:
+        pass  # the next process tests again
+    return failed
+
+
+def _read(backend: CudaBackend, dtype: torch.dtype, card: int) -> list[str] | None:
+    verdict = _load(_verdicts()).get(_key(backend, card), {}).get(str(dtype))
+    known = set(backend.families(dtype))
+    return verdict if isinstance(verdict, list) and known.issuperset(verdict) else None
+
+
+def _load(path: Path) -> dict:
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _verdicts() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "xsep" / "selftest.json"
+
+
+def _key(backend: CudaBackend, card: int) -> str:
+    return f"{_binary(backend.module.__file__)}, {backend.card(card).name}, {_driver(backend.module)}"
+
+
+@lru_cache
+def _binary(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+def _driver(module) -> str:
+    try:
+        version = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    except (OSError, IndexError):
+        version = "driver"
+    return f"{version} for CUDA {module.cuda_driver_version()}"
+
+
+def table(results: list[Result]) -> str:
+    """A line per dtype and family, a column per pass: the number of cases and the largest error."""
+    lines = [f"{'':11s}{'':27s}" + "".join(f"{name:>16s}" for name in PASSES)]
+    for dtype, family in dict.fromkeys((result.dtype, result.family) for result in results):
+        cells = []
+        for result in (r for r in results if (r.dtype, r.family) == (dtype, family)):
+            passed = f"{result.cases} ({result.worst:.2f})" if result.cases else "-"
+            cells.append(f"{'FAILED' if result.failure else passed:>16s}")
+        lines.append(f"{str(dtype).removeprefix('torch.'):11s}{family:27s}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m xsep.selftest", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--backend", choices=("cuda", "cuda-emulated"), help="default: cuda if it can run here")
+    names = [str(dtype).replace("torch.", "") for dtype in DTYPES]
+    parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
+    parser.add_argument("--device", type=int, default=0, help="index of the CUDA device")
+    options = parser.parse_args(arguments)
+    backend = BACKENDS[options.backend or ("cuda" if torch.cuda.is_available() else "cuda-emulated")]
+    reason = backend.why_absent() or backend.why_not_card(options.device)
+    if reason is not None:
+        print(f"{backend.name} cannot run: {reason}", file=sys.stderr)
+        return 2
+    card = backend.card(options.device)
+    print(f"{backend.name} on {card.name}, sm_{card.arch}, {_driver(backend.module)}")
+    print(f"{backend.module.__file__} ({backend.module.cuda})")
+    results = []
+    for dtype in (dtype for dtype, name in zip(DTYPES, names) if name in options.dtypes):
+        results.extend(check(backend, dtype, options.device))
+        if backend.device == "cuda":
+            record(backend, dtype, options.device, [result for result in results if result.dtype == dtype])
+    print(table(results))
+    failures = [result for result in results if result.failure]
+    for result in failures:
+        print(f"FAILED {result.family}, {result.dtype}, {result.pass_}: {result.failure}")
+    print("A cell: the number of cases, and the largest error in units of what is allowed.")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
