@@ -191,6 +191,33 @@ def test_the_emulator_counts(emulator):
     assert launch["grid"] >= 1 and launch["block"] % 32 == 0
 
 
+@pytest.mark.parametrize(
+    ("layout", "N", "bound"), [(torch.contiguous_format, 1, 1.05), (torch.channels_last, 16, 1.35)]
+)
+@pytest.mark.parametrize("pass_", ["fprop", "wgrad", "dgrad_wgrad"])
+def test_each_byte_is_read_about_once(pass_, layout, N, bound, emulator):
+    """Sectors asked of L2 over those that have to be read, with 128 KB of L1 and 4 blocks on each of 132 multiprocessors.
+
+    In NHWC, where halos come through the caches, strips are long enough for the bound from some images on; one image
+    of this size is cut into short ones, to fill the card.
+    """
+    case = square(728, 19, 19, 3, N=N)
+    x, w, _, dy = tensors(case, torch.float32, layout, "cpu")
+    x, dy = (t.contiguous(memory_format=layout) for t in (x, dy))
+    p = problem(case, x, layout == torch.channels_last)
+    emulator.start_counting(128 << 10, 132, 4)
+    if pass_ == "fprop":
+        EMULATED.fprop(p, x, w, None)
+    elif pass_ == "wgrad":
+        EMULATED.wgrad(p, dy, x)
+    else:
+        EMULATED.dgrad_wgrad(p, dy, x, w)
+    main, *_ = emulator.stop_counting()
+    assert main["load_sectors_after_cache"] <= bound * main["loads"]["distinct_sectors"]
+    in_vectors = 8 * main["loads"]["accesses"][8] + 16 * main["loads"]["accesses"][16]
+    assert in_vectors >= 0.95 * x.nbytes * (1 if pass_ == "fprop" else 2)
+
+
 @pytest.fixture
 def no_verdicts(tmp_path, monkeypatch):
     """A cache directory of its own, and a process that knows nothing."""

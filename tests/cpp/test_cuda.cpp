@@ -62,7 +62,7 @@ class Memory {
 
 #if defined(XSEP_EMULATE_CUDA)
 // The choice of a kernel and of its grid depends on the device: a large and a small one.
-std::vector<cuda::Device> devices() { return {{90, 132, 227 * 1024}, {70, 2, 96 * 1024}}; }
+std::vector<cuda::Device> devices() { return {{90, 132, 227 * 1024}, {70, 1, 96 * 1024}}; }
 constexpr const char* kOrders[] = {"ascending", "descending", "1"};
 void set_order(const char* order) { cuda::emulator::set_order(order); }
 #else
