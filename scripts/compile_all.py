@@ -4,7 +4,8 @@
     python scripts/compile_all.py sm_90a --kernels   # a line for each kernel
 
 Prints per architecture the kernels, the most registers of a thread, the kernels that spill or need a stack, and the
-seconds of compilation.  Exits with 1 if a source fails, or a kernel needs local memory.  For sm_37: compile_sm37.py.
+seconds of compilation; then, in bytes, the spills and stack of those that do.  Exits with 1 if a source fails, or a
+kernel needs local memory.  For sm_37: compile_sm37.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main() -> int:
         "--nvcc", default=shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc", help="default: %(default)s"
     )
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time, default %(default)s")
-    parser.add_argument("--kernels", action="store_true", help="a line for each kernel, its spills and stack in bytes")
+    parser.add_argument("--kernels", action="store_true", help="a line for every kernel")
     args = parser.parse_args()
 
     row = "{:14s}{:>9s}{:>11s}{:>8s}{:>7s}{:>9s}".format
@@ -50,8 +51,9 @@ def main() -> int:
         most = max((k.registers for _, k in kernels), default=0)
         spill, stack = sum(k.spills > 0 for _, k in kernels), sum(k.stack > 0 for _, k in kernels)
         print(row(architecture, *map(str, (len(kernels), most, spill, stack, round(seconds)))), flush=True)
-        for unit, k in kernels if args.kernels else []:
-            print(f"{unit.type_name:>14s}{k.registers:20d}{k.spills:8d}{k.stack:7d}  {k.name}")
+        for unit, k in kernels:
+            if args.kernels or k.local:
+                print(f"{unit.type_name:>14s}{k.registers:20d}{k.spills:8d}{k.stack:7d}  {k.name}")
         fine = fine and not any(k.local for _, k in kernels)
     return 0 if fine else 1
 

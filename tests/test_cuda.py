@@ -196,7 +196,7 @@ def test_the_emulator_counts(emulator):
 )
 @pytest.mark.parametrize("pass_", ["fprop", "wgrad", "dgrad_wgrad"])
 def test_each_byte_is_read_about_once(pass_, layout, N, bound, emulator):
-    """Sectors asked of L2 over those that have to be read, with 128 KB of L1 and 4 blocks on each of 132 multiprocessors.
+    """Sectors asked of L2 over those that have to be read; 128 KB of L1 and 4 blocks on each of 132 multiprocessors.
 
     In NHWC, where halos come through the caches, strips are long enough for the bound from some images on; one image
     of this size is cut into short ones, to fill the card.
