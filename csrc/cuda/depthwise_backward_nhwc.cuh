@@ -91,10 +91,14 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
     if (!works || rows == 0) continue;
 
     int h = (p0 + begin * p.dilation_h.by) * kStride - p.pad_top;
-    const char* x = reinterpret_cast<const char*>(p.x + lane.channel) + offset(p.xs, at.image, h, w0);
+    const char* x = nullptr;  // a tensor that the pass does not have is null, and not to be added to
+    if constexpr (kWgrad || kThroughOnLoad) {
+      x = reinterpret_cast<const char*>(p.x + lane.channel) + offset(p.xs, at.image, h, w0);
+    }
     const char* dy =
         reinterpret_cast<const char*>(p.dy + lane.channel) + offset(p.dys, at.image, p0 + begin * p.dilation_h.by, q0);
-    char* dx = reinterpret_cast<char*>(p.dx + lane.channel) + offset(p.dxs, at.image, h, w0);
+    char* dx = nullptr;
+    if constexpr (kDgrad) dx = reinterpret_cast<char*>(p.dx + lane.channel) + offset(p.dxs, at.image, h, w0);
 
     // What arrives in a step.
     struct Step {
@@ -106,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
       for (int i = 0; i < kCols; ++i) row[i].load_if(inside >> i & 1, x + i * p.xs.next_col);
     };
     int h_load = h + kOld * p.dilation_h.by, to_load = begin;
-    const char* x_load = x + kOld * p.dilation_h.by * p.xs.row;
+    const char* x_load = kWgrad ? x + kOld * p.dilation_h.by * p.xs.row : nullptr;
     const auto load_step = [&](Step& step) {
       const int inside = to_load < end ? cols : 0;
 #pragma unroll
@@ -182,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
       }
     };
     const auto next_rows = [&] {
-      dx += p.dxs.next_row;
+      if constexpr (kDgrad) dx += p.dxs.next_row;
       h += kStride * p.dilation_h.by;
 #pragma unroll
       for (int r = 0; r < kOld; ++r) {
