@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace xsep {
 
@@ -29,24 +30,21 @@ inline void check(const ConvShape& s) {
     if (!fits) throw std::invalid_argument(std::string(name) + " must be " + rule + "; got " + std::to_string(value));
   };
   require(s.N >= 0, "N", s.N, "at least 0");
-  for (const auto& [name, value] : {std::pair{"C", s.C},
-                                    {"H", s.H},
-                                    {"W", s.W},
-                                    {"R", s.R},
-                                    {"S", s.S},
-                                    {"M", s.M},
-                                    {"stride_h", s.stride_h},
-                                    {"stride_w", s.stride_w},
-                                    {"dilation_h", s.dilation_h},
-                                    {"dilation_w", s.dilation_w}}) {
-    require(value >= 1, name, value, "at least 1");
-  }
-  for (const auto& [name, value] : {std::pair{"pad_top", s.pad_top},
-                                    {"pad_bottom", s.pad_bottom},
-                                    {"pad_left", s.pad_left},
-                                    {"pad_right", s.pad_right}}) {
-    require(value >= 0, name, value, "at least 0");
-  }
+  using Named = std::pair<const char*, int32_t>;
+  const Named sizes[] = {{"C", s.C},
+                         {"H", s.H},
+                         {"W", s.W},
+                         {"R", s.R},
+                         {"S", s.S},
+                         {"M", s.M},
+                         {"stride_h", s.stride_h},
+                         {"stride_w", s.stride_w},
+                         {"dilation_h", s.dilation_h},
+                         {"dilation_w", s.dilation_w}};
+  const Named pads[] = {
+      {"pad_top", s.pad_top}, {"pad_bottom", s.pad_bottom}, {"pad_left", s.pad_left}, {"pad_right", s.pad_right}};
+  for (const auto& [name, value] : sizes) require(value >= 1, name, value, "at least 1");
+  for (const auto& [name, value] : pads) require(value >= 0, name, value, "at least 0");
   constexpr int64_t kMax = INT32_MAX;
   const int64_t padded_h = int64_t{s.H} + s.pad_top + s.pad_bottom, padded_w = int64_t{s.W} + s.pad_left + s.pad_right;
   const int64_t span_h = int64_t{s.dilation_h} * (s.R - 1) + 1, span_w = int64_t{s.dilation_w} * (s.S - 1) + 1;
