@@ -76,7 +76,7 @@ constexpr int kBackwardResident = kR == 7   ? (kBoth ? 256 : 512)
                                             : (kStride == 1 ? 640 : 512);
 
 template <class T, int kR, int kStride, bool kDgrad, bool kWgrad>
-__global__ void __launch_bounds__(kBackwardResident<kR, kStride, kDgrad && kWgrad>, 1)
+__global__ void __launch_bounds__(resident(kBackwardResident<kR, kStride, kDgrad && kWgrad>), 1)
     depthwise_backward_nchw_kernel(const Backward<T> call) {
   constexpr int kBack = (kR - 1) / kStride;  // rows of dy before the one in line with a row of x that meet it too
   constexpr int kSums = kBackwardSums<kDgrad, kWgrad, kR>;

@@ -39,7 +39,7 @@ constexpr int kFpropResident = kR == 3   ? 1024
                                          : 512;
 
 template <class T, int kR, int kStride>
-__global__ void __launch_bounds__(kFpropResident<kR>, 1) depthwise_fprop_nchw_kernel(const Fprop<T> call) {
+__global__ void __launch_bounds__(resident(kFpropResident<kR>), 1) depthwise_fprop_nchw_kernel(const Fprop<T> call) {
   constexpr int kOpen = (kR - 1) / kStride;  // output rows that have begun when one ends
   float* const shared = shared_memory<float>();
   const FpropLayout& layout = call.layout;
