@@ -1,5 +1,34 @@
 // dgrad with stride 2, wgrad, and both at once, NHWC: 3x3, 5x5 and 7x7 filters, strides 1 and 2, any dilation with
 // stride 1.
+//
+// A thread owns a few columns of x for a vector of channels and slides down the rows of dy.  Each pixel of dy that
+// arrives is multiplied with the filter into the kR rows of dx in the making, and with the kR rows of x (of u, with a
+// function on load) that it meets into the kR * kR sums of dw, all in registers.  The owned columns begin where the
+// first tap meets them, so with stride 2 the parity of every product is known: no tap is tested.  Through a function on
+// load, dx is masked and scaled as its rows complete, and dscale and dshift are summed.
+//
+// dw: a thread keeps its sums over all its items, its block adds them up in shared memory in a fixed order and leaves
+// one partial sum, and reduce.cuh adds those: deterministic, no atomics.  There are no more blocks than a device holds
+// at once (or one for each chunk of channels), so all partials are at most 0.6 MB with 3x3 and 2.5 MB with 7x7 on an
+// H100, however large x is.
+//
+// Filter and sums take 2 * kR * kR * kV registers: hence 2 channels a thread with 3x3 and 1 with larger filters, and
+// columns instead, which share both: 2 with 3x3 and 4 else, but 2 with 7x7 through a function on load.  So both passes
+// fit into one kernel even with 7x7; two launches would take more instructions (155 instead of 149) and read dy twice.
+// A row of dy and of x is in flight while the last is multiplied; with 3x3, three.
+//
+// Bytes: dy and x once from DRAM, dx once; from L2 also the halo of dy around a block's columns, and of both around a
+// strip.  Memory limits 3x3, instructions the larger filters.
+//
+//   PTX instructions for each element of x (sm_80)   registers (sm_80 sm_90a); nothing is spilled from sm_75 to sm_120
+//            half: wgrad  both   float: wgrad  both   wgrad: half, float    both: half, float;   half on load
+//   3x3            24.3   40.8          29.1   43.9   108 108, 117 118      126 139, 142 153;    139 148
+//   5x5            61.0   94.8          59.8   92.5    99  96,  96  96      142 149, 142 153;    167 165
+//   7x7            91.5   149           90.2   146    135 128, 134 128      218 223, 216 234;    200 205
+//   3x3 / 2        11.1   19.4          13.5   22.2   108 111, 122 124      103 115, 130 138;    135 166
+//   5x5 / 2        23.8   40.5          22.6   38.6    93  96,  96  96      127 137, 129 140;    156 156
+//   7x7 / 2        31.9   54.4          30.8   52.6   128 128, 128 138      200 209, 206 217;    186 191
+// dgrad with stride 2: 10.1, 20.8 and 27.8 instructions of half, at most 128 registers.
 #pragma once
 
 #include "nhwc.cuh"
@@ -35,6 +64,60 @@ struct BackwardParams {
   int32_t dilation_w;
   OnLoadVectors on_load;
 };
+
+// A row of dy meets kR rows of x; the next one meets those from the kStride-th on.  du is what dx is so far, u is x
+// through its function on load, and dw are a thread's sums.  Which pixel of dy the column i of x meets with the tap t
+// is the same for all threads.
+template <int kStride, int kR, int kCols, int kV>
+__device__ __forceinline__ void move_up(float (&du)[kR][kCols][kV]) {
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+#pragma unroll
+    for (int i = 0; i < kCols; ++i) {
+#pragma unroll
+      for (int v = 0; v < kV; ++v) du[r][i][v] = r + kStride < kR ? du[r + kStride][i][v] : 0.f;
+    }
+  }
+}
+
+// Moves up as well, which costs nothing: the first product is added to what was the row below.
+template <int kStride, int kPixels, int kTaps, int kR, int kCols, int kV>
+__device__ __forceinline__ void add_to_dx(const float (&dy)[kPixels][kV], const float (&w)[kTaps][kV],
+                                          float (&du)[kR][kCols][kV]) {
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+#pragma unroll
+    for (int i = 0; i < kCols; ++i) {
+#pragma unroll
+      for (int v = 0; v < kV; ++v) {
+        float sum = r + kStride < kR ? du[r + kStride][i][v] : 0.f;
+#pragma unroll
+        for (int t = i % kStride; t < kR; t += kStride) {
+          sum += dy[(i - t) / kStride + (kR - 1) / kStride][v] * w[r * kR + t][v];
+        }
+        du[r][i][v] = sum;
+      }
+    }
+  }
+}
+
+template <int kStride, int kPixels, int kTaps, int kR, int kCols, int kV>
+__device__ __forceinline__ void add_to_dw(const float (&dy)[kPixels][kV], const float (&u)[kR][kCols][kV],
+                                          float (&dw)[kTaps][kV]) {
+#pragma unroll
+  for (int r = 0; r < kR; ++r) {
+#pragma unroll
+    for (int i = 0; i < kCols; ++i) {
+#pragma unroll
+      for (int t = i % kStride; t < kR; t += kStride) {
+#pragma unroll
+        for (int v = 0; v < kV; ++v) {
+          dw[r * kR + t][v] += dy[(i - t) / kStride + (kR - 1) / kStride][v] * u[r][i][v];
+        }
+      }
+    }
+  }
+}
 
 template <class Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kResident)
@@ -82,39 +165,30 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
     const int end = keep(exist < rows ? exist : rows);
     const int h_last = (p0 + (rows - 1) * p.dilation_h.by) * kStride - p.pad_top + (kR - 1) * p.dilation_h.by;
     const int h_end = keep(h_last < 0 ? 0 : h_last < p.H ? h_last + 1 : p.H);
-    int q_inside = 0, w_inside = 0;  // a bit for each column
-#pragma unroll
-    for (int j = 0; j < kPixels; ++j) q_inside |= below(q0 + j * p.dilation_w, p.Q) << j;
-#pragma unroll
-    for (int i = 0; i < kCols; ++i) w_inside |= below(w0 + i * p.dilation_w, p.W) << i;
-    const int cols = keep(w_inside << kPixels | q_inside);
+    // A bit for each column of dy that a thread reads and, above these, each of x that it owns.
+    const int cols =
+        keep(columns_inside<kPixels>(q0, p.dilation_w, p.Q) | columns_inside<kCols>(w0, p.dilation_w, p.W) << kPixels);
     if (!works || rows == 0) continue;
 
     int h = (p0 + begin * p.dilation_h.by) * kStride - p.pad_top;
     const char* x = nullptr;  // a tensor that the pass does not have is null, and not to be added to
-    if constexpr (kWgrad || kThroughOnLoad) {
-      x = reinterpret_cast<const char*>(p.x + lane.channel) + offset(p.xs, at.image, h, w0);
-    }
+    if (kWgrad) x = reinterpret_cast<const char*>(p.x + lane.channel) + offset(p.xs, at.image, h, w0);
     const char* dy =
         reinterpret_cast<const char*>(p.dy + lane.channel) + offset(p.dys, at.image, p0 + begin * p.dilation_h.by, q0);
     char* dx = nullptr;
-    if constexpr (kDgrad) dx = reinterpret_cast<char*>(p.dx + lane.channel) + offset(p.dxs, at.image, h, w0);
+    if (kDgrad) dx = reinterpret_cast<char*>(p.dx + lane.channel) + offset(p.dxs, at.image, h, w0);
 
     // What arrives in a step.
     struct Step {
       Pixel<T, kV> dy[kPixels], x[kStride][kCols];
     };
-    const auto load_x = [&](Pixel<T, kV>(&row)[kCols], int h, const char* x) {
-      const int inside = below(h, h_end) ? cols >> kPixels : 0;
-#pragma unroll
-      for (int i = 0; i < kCols; ++i) row[i].load_if(inside >> i & 1, x + i * p.xs.next_col);
-    };
     int h_load = h + kOld * p.dilation_h.by, to_load = begin;
     const char* x_load = kWgrad ? x + kOld * p.dilation_h.by * p.xs.row : nullptr;
+    const auto load_x = [&](Pixel<T, kV>(&row)[kCols], int h, const char* x) {
+      load_row(row, below(h, h_end) ? cols >> kPixels : 0, x, p.xs.next_col);
+    };
     const auto load_step = [&](Step& step) {
-      const int inside = to_load < end ? cols : 0;
-#pragma unroll
-      for (int j = 0; j < kPixels; ++j) step.dy[j].load_if(inside >> j & 1, dy + j * p.dys.next_col);
+      load_row(step.dy, to_load < end ? cols : 0, dy, p.dys.next_col);
       dy += p.dys.next_row;
       ++to_load;
       if constexpr (kWgrad) {
@@ -139,14 +213,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
 #pragma unroll
       for (int i = 0; i < kCols; ++i) {
         raw[r][i].widen_to(u[r][i]);
-        if constexpr (kOnLoad) {
-          const bool inside = (cols >> (kPixels + i) & 1) && below(h, h_end);
-#pragma unroll
-          for (int v = 0; v < kV; ++v) {
-            const float value = affine(u[r][i][v], v);
-            u[r][i][v] = inside && affine.passes(value) ? value : 0.f;
-          }
-        }
+        if (kOnLoad) affine.apply(u[r][i], (cols >> (kPixels + i) & 1) && below(h, h_end));
       }
     };
     if constexpr (kWgrad) {
@@ -175,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
             raw[r][i].widen_to(value);
 #pragma unroll
             for (int v = 0; v < kV; ++v) {
-              const float gradient = affine.passes(affine(value[v], v)) ? du[r][i][v] : 0.f;
+              const float gradient = affine.passes(affine.before_relu(value[v], v)) ? du[r][i][v] : 0.f;
               dscale[v] += gradient * (value[v] - affine.center[v]);
               dshift[v] += gradient;
               du[r][i][v] = gradient * affine.scale[v];
@@ -186,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
       }
     };
     const auto next_rows = [&] {
-      if constexpr (kDgrad) dx += p.dxs.next_row;
+      if (kDgrad) dx += p.dxs.next_row;
       h += kStride * p.dilation_h.by;
 #pragma unroll
       for (int r = 0; r < kOld; ++r) {
@@ -215,56 +282,16 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
           }
         }
         load_step(queue[turn]);
-        if constexpr (kDgrad) {
-          // The rows in the making move up as they take their first product.
-#pragma unroll
-          for (int r = 0; r < kR; ++r) {
-#pragma unroll
-            for (int i = 0; i < kCols; ++i) {
-#pragma unroll
-              for (int v = 0; v < kV; ++v) {
-                float sum = r < kOld ? du[r + kStride][i][v] : 0.f;
-#pragma unroll
-                for (int t = i % kStride; t < kR; t += kStride) {
-                  sum += d[(i - t) / kStride + kLag][v] * w[r * kR + t][v];
-                }
-                du[r][i][v] = sum;
-              }
-            }
-          }
-        }
-        if constexpr (kWgrad) {
-          if (!kDgrad || k >= 0) {
-#pragma unroll
-            for (int r = 0; r < kR; ++r) {
-#pragma unroll
-              for (int i = 0; i < kCols; ++i) {
-#pragma unroll
-                for (int t = i % kStride; t < kR; t += kStride) {
-#pragma unroll
-                  for (int v = 0; v < kV; ++v) dw[r * kR + t][v] += d[(i - t) / kStride + kLag][v] * u[r][i][v];
-                }
-              }
-            }
-          }
-        }
-        if constexpr (kDgrad) {
-          if (below(k, rows)) store_dx();
-        }
+        if (kDgrad) add_to_dx<kStride>(d, w, du);
+        if (kWgrad && (!kDgrad || k >= 0)) add_to_dw<kStride>(d, u, dw);
+        if (kDgrad && below(k, rows)) store_dx();
         next_rows();
         ++k;
       }
     }
     if constexpr (kDgrad) {
       for (; k < rows; ++k) {  // what is left of dx meets no row of dy any more
-#pragma unroll
-        for (int r = 0; r < kR; ++r) {
-#pragma unroll
-          for (int i = 0; i < kCols; ++i) {
-#pragma unroll
-            for (int v = 0; v < kV; ++v) du[r][i][v] = r < kOld ? du[r + kStride][i][v] : 0.f;
-          }
-        }
+        move_up<kStride>(du);
         if (k >= 0) store_dx();
         next_rows();
       }
@@ -325,7 +352,7 @@ Grid backward_grid(const DepthwiseArgs& args, const Device& device) {
   const ConvShape& s = args.shape;
   const int32_t last = (s.H - 1 + s.pad_top) / s.stride_h;  // the step that completes the last row of dx
   const int32_t steps = Tile::kDgrad ? std::max(s.P(), last + 1) : s.P(), before = s.pad_left % s.stride_w;
-  const Cut cut{Tile::kV, Tile::kCols, (s.R - 1) / s.stride_h, 4, Tile::kResident, Tile::kWgrad};
+  const Cut cut{Tile::kV, Tile::kCols, kMaxLanes<Tile>, (s.R - 1) / s.stride_h, 4, Tile::kResident, Tile::kWgrad};
   return make_grid(cut, device, s.C, s.N, steps, s.dilation_h, s.W + before, s.dilation_w);
 }
 

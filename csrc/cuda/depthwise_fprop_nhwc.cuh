@@ -1,6 +1,27 @@
-// fprop, and dgrad with stride 1, NHWC: 3x3, 5x5 and 7x7 filters, strides 1 and 2, any dilation with stride 1.
+// fprop, and dgrad with stride 1, NHWC: 3x3, 5x5 and 7x7 filters, strides 1 and 2, any dilation with stride 1.  dgrad
+// with stride 1 is fprop of dy with the filter turned round and the padding that is left of its halo.
 //
-// dgrad with stride 1 is fprop of dy with the filter turned round and the padding that is left of the filter's halo.
+// A thread makes a few columns of y for a vector of channels and slides down the rows of x.  The filter is in
+// registers, widened, and so are the sums of the rows of y that the next row of x meets; they move up for free, as the
+// first product of a row is added to the sum below.  A row of x is in flight while the one above is multiplied, and so
+// is the next.  Rows above and below the image are not multiplied, columns beside it are zeros by a predicate.
+//
+// Vectors: 4 channels with 3x3 (16 bytes of float), 2 with larger filters.  Twice as many would double the registers of
+// the filter; a second column shares them, and most of its pixels.  With 4 channels x 2 columns of half, 512 threads of
+// a multiprocessor have 32 new bytes each under way and load each pixel twice; with 8 channels x 1 column 384 would,
+// and load it three times.  7x7 has 4 columns of half, and 2 of float for its registers.
+//
+// Bytes: x once from DRAM and y once; from L2 also the halo of a block (16 columns of most and kR - 1 more, strips of
+// rows and kR - 1 more).  Memory limits 3x3; 5x5 of half is on the border, instructions limit 7x7.
+//
+//   PTX instructions an output (sm_80)   registers (sm_80, sm_90a); nothing is spilled from sm_75 to sm_120
+//              half  float  bfloat16     half         float         on load: half    float
+//   3x3        17.6  21.4   24.4         122, 112     144, 146               142, 128   157, 167
+//   5x5        42.9  48.6   53.1         122, 128     142, 146               156, 144   150, 167
+//   7x7        63.4  78.4   72.1         212, 232     206, 212               228, 236   224, 243
+//   3x3 / 2    26.8  36.5   44.0         122, 112     152, 154               148, 128   167, 168
+//   5x5 / 2    60.5  74.0   84.5         122, 126     144, 146               144, 168   154, 168
+//   7x7 / 2    79.8  110    102          198, 204     212, 216               218, 226   219, 249
 #pragma once
 
 #include "nhwc.cuh"
@@ -50,8 +71,8 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
   const Item at = item(grid, works ? number : 0);
   const int rows = keep(at.cols.count > 0 ? at.rows.count : 0);
 
-  // Of the input rows h0, h0 + dilation, ... of the strip, those in [begin, end) are multiplied: none below the image,
-  // and above it those that share a turn of the loop with others or complete an output row.
+  // Of the input rows h0, h0 + dilation, ... of the strip, those from begin on and above h_end are multiplied: none
+  // below the image, and above it those that share a turn of the loop with others or complete an output row.
   const int h0 = at.rows.first * kStride - p.pad_top, w0 = at.cols.first * kStride - p.pad_left;
   const int steps = (rows - 1) * kStride + kR;
   const int above = h0 < 0 ? (-h0 - 1) / p.dilation_h + 1 : 0;
@@ -60,22 +81,17 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
 
   int h_load = h0 + begin * p.dilation_h.by;
   const char* x = reinterpret_cast<const char*>(p.x + (works ? lane.channel : 0)) + offset(p.in, at.image, h_load, w0);
-  int inside = 0, stored = 0;  // a bit for each column
-#pragma unroll
-  for (int j = 0; j < kPixels; ++j) inside |= below(w0 + j * p.dilation_w, p.W) << j;
-#pragma unroll
-  for (int c = 0; c < kCols; ++c) stored |= (at.cols.first + c * p.dilation_w < p.Q) << c;
-  const int cols = keep(stored << kPixels | inside);
-  const auto load_row = [&](Pixel<T, kV>(&row)[kPixels]) {
-    const int inside = below(h_load, h_end) ? cols : 0;
-#pragma unroll
-    for (int j = 0; j < kPixels; ++j) row[j].load_if(inside >> j & 1, x + j * p.in.next_col);
+  // A bit for each input column that a thread reads and, above these, each output column.
+  const int cols = keep(columns_inside<kPixels>(w0, p.dilation_w, p.W) |
+                        columns_inside<kCols>(at.cols.first, p.dilation_w, p.Q) << kPixels);
+  const auto load_next = [&](Pixel<T, kV>(&row)[kPixels]) {
+    load_row(row, below(h_load, h_end) ? cols : 0, x, p.in.next_col);
     h_load += p.dilation_h.by;
     x += p.in.next_row;
   };
   Pixel<T, kV> queue[kAhead][kPixels];
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) load_row(queue[i]);
+  for (int i = 0; i < kAhead; ++i) load_next(queue[i]);
 
   float* const filter = shared_memory<float>();
   stage_filter<T, kR>(p.w, lane.first_channel, lane.lanes * kV, p.C, p.flip, filter);
@@ -114,16 +130,9 @@ __global__ void __launch_bounds__(kThreads, Tile::kResident)
 #pragma unroll
       for (int j = 0; j < kPixels; ++j) {
         queue[i][j].widen_to(u[j]);
-        if constexpr (kOnLoad) {
-          const bool inside = (cols >> j & 1) && below(h_load - kAhead * p.dilation_h.by, h_end);
-#pragma unroll
-          for (int v = 0; v < kV; ++v) {
-            const float value = affine(u[j][v], v);
-            u[j][v] = inside && affine.passes(value) ? value : 0.f;
-          }
-        }
+        if (kOnLoad) affine.apply(u[j], (cols >> j & 1) && below(h_load - kAhead * p.dilation_h.by, h_end));
       }
-      load_row(queue[i]);
+      load_next(queue[i]);
       // In phase 0 one output row completes and another begins: the sums move up as they take their first product.
 #pragma unroll
       for (int k = phase == 0 ? 0 : 1; k <= kLag; ++k) {
@@ -197,7 +206,7 @@ cudaError_t run_fprop(const DepthwiseArgs& args, const Device& device, cudaStrea
 
   const auto start = [&](auto tile) {
     using Tile = decltype(tile);
-    const Cut cut{Tile::kV, Tile::kCols, (s.R - 1) / s.stride_h, 4, Tile::kResident, false};
+    const Cut cut{Tile::kV, Tile::kCols, kMaxLanes<Tile>, (s.R - 1) / s.stride_h, 4, Tile::kResident, false};
     p.grid = make_grid(cut, device, s.C, s.N, P, s.dilation_h, Q, s.dilation_w);
     const size_t shared = sizeof(float) * (Tile::kR * Tile::kR * Tile::kV << p.grid.lanes_log2);
     return launch(depthwise_fprop_nhwc_kernel<Tile>, dim3(p.grid.blocks()), dim3(p.grid.threads), shared, stream, p);

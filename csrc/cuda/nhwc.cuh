@@ -48,7 +48,7 @@ __device__ __forceinline__ Span span(const Axis& axis, int item) {
 // the channels and the runs b / chunks, b / chunks + parts, ...
 struct Grid {
   Axis rows, cols;
-  int32_t images, items;
+  int32_t items;                // of all images
   int32_t threads, lanes_log2;  // of a block
   int32_t runs, parts;
   Divider chunks, row_items, col_items;
@@ -57,15 +57,19 @@ struct Grid {
 };
 
 constexpr int kThreads = 128;  // of a block, at most
-constexpr int kMaxLanes = 16;  // 64 to 256 contiguous bytes, and enough columns that their halo costs little
 
 // How a kernel wants its work cut.
 struct Cut {
   int vector, cols;  // channels, columns of a thread
+  int max_lanes;     // of a block
   int halo, setup;   // an item of n rows takes n + halo steps, and `setup` more to begin
   int resident;      // blocks that a multiprocessor holds
   bool one_wave;     // no more blocks than are resident: they keep sums
 };
+
+// At least 64 contiguous bytes of a pixel, and else as many columns as there may be, that their halo costs little.
+template <class Tile>
+constexpr int kMaxLanes = std::max<int>(16, 64 / (Tile::kV * sizeof(typename Tile::T)));
 
 // For `rows` x `cols` positions of `images` images, at least one each.  Long strips have few halos, short ones keep all
 // multiprocessors busy: the best length takes the fewest steps one after another.
@@ -75,8 +79,8 @@ inline Grid make_grid(const Cut& cut, const Device& device, int32_t channels, in
   Grid grid{};
   grid.cols = Axis(cols, col_step, cut.cols);
   grid.col_items = Divider(grid.cols.items);
-  grid.images = images, grid.threads = kThreads;
-  while ((1 << grid.lanes_log2) < std::min(vectors, kMaxLanes)) ++grid.lanes_log2;
+  grid.threads = kThreads;
+  while ((1 << grid.lanes_log2) < std::min(vectors, cut.max_lanes)) ++grid.lanes_log2;
   grid.chunks = Divider(((vectors - 1) >> grid.lanes_log2) + 1);
   const int64_t resident = int64_t{device.multiprocessors} * cut.resident;
   const auto deal = [&] {
@@ -157,6 +161,15 @@ __device__ __forceinline__ int keep(int value) { return __shfl_sync(0xffffffffu,
 
 __device__ __forceinline__ bool below(int n, int end) { return static_cast<unsigned>(n) < static_cast<unsigned>(end); }
 
+// A bit for each of kCount columns, `step` apart, that lies in [0, extent).
+template <int kCount>
+__device__ __forceinline__ int columns_inside(int first, int step, int extent) {
+  int bits = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) bits |= below(first + i * step, extent) << i;
+  return bits;
+}
+
 // A vector of channels of a pixel as it was loaded, in words: queues of 16-bit numbers would take twice the registers.
 template <class T, int kV>
 struct Pixel {
@@ -182,6 +195,13 @@ struct Pixel {
     for (int v = 0; v < kV; ++v) values[v] = widen(vector.at[v]);
   }
 };
+
+// Pixels of a row: zeros where a bit of `inside` is not set.
+template <class T, int kV, int kCount>
+__device__ __forceinline__ void load_row(Pixel<T, kV> (&row)[kCount], int inside, const char* p, int64_t next_col) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) row[i].load_if(inside >> i & 1, p + i * next_col);
+}
 
 template <class T, int kV>
 __device__ __forceinline__ void store_pixel(char* p, const float (&values)[kV]) {
@@ -236,8 +256,15 @@ struct Affine {
       shift[v] = f.center ? load(f.shift + channel + v) : 0.f;
     }
   }
-  __device__ __forceinline__ float operator()(float x, int v) const { return scale[v] * (x - center[v]) + shift[v]; }
+  __device__ __forceinline__ float before_relu(float x, int v) const { return scale[v] * (x - center[v]) + shift[v]; }
   __device__ __forceinline__ bool passes(float value) const { return !(value <= floor); }
+  __device__ __forceinline__ void apply(float (&x)[kV], bool inside) const {
+#pragma unroll
+    for (int v = 0; v < kV; ++v) {
+      const float value = before_relu(x[v], v);
+      x[v] = inside && passes(value) ? value : 0.f;
+    }
+  }
 };
 
 // Why no NHWC kernel takes a call; empty if one may.
