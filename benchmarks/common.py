@@ -77,26 +77,34 @@ def times(samples: Sequence[float]) -> Times:
     return Times(tenths[4], tenths[1], tenths[7])
 
 
+def _quickest(call: Callable[[], object], times: int) -> float:
+    """Seconds of the quickest of some calls."""
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
 def interleaved(
     variants: dict[str, Callable[[], object]], samples: int, sample_seconds: float, max_seconds: float
 ) -> dict[str, Times]:
     """Times variants that compute the same, a sample of each in turn, so that a slow moment hits them all.
 
-    A sample repeats the call to last about ``sample_seconds``.  Ends after ``samples`` of each, or when ``max_seconds``
-    are over, but not before three.
+    A sample repeats the call to last about ``sample_seconds``, after as many calls without a clock: the first ones find
+    the caches full of the other variants' outputs.  Ends after ``samples`` of each, or when ``max_seconds`` are over,
+    but not before three.
     """
-    repeats = {}
-    for name, call in variants.items():
-        call()
-        start = time.perf_counter()
-        call()
-        repeats[name] = max(1, round(sample_seconds / max(time.perf_counter() - start, 1e-7)))
+    repeats = {name: max(1, round(sample_seconds / max(_quickest(call, 4), 1e-7))) for name, call in variants.items()}
     found: dict[str, list[float]] = {name: [] for name in variants}
     begin = time.perf_counter()
     for i in range(samples):
         if i >= 3 and time.perf_counter() - begin > max_seconds:
             break
         for name, call in variants.items():
+            for _ in range(repeats[name]):
+                call()
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()

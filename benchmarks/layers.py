@@ -3,11 +3,11 @@
     python benchmarks/layers.py                               # all of it; a few minutes on 2 cores
     python benchmarks/layers.py --networks xception --batch-sizes 4 --layouts nhwc --passes fprop
 
-A row is one pass (fprop, dgrad, wgrad, or dgrad_wgrad: both gradients) of one layer at one batch size, as users call
-it: outputs are allocated by every call.  torch's side is F.conv2d and the aten operator behind its backward, in the
-same layout; on a GPU the faster of cuDNN, which tries its algorithms first, and ATen's own kernels, with cold caches.
-GB/s counts each input read once and each output written once; "of copy" divides it by the bandwidth of
-tensor.copy_ measured just before, also read plus write.
+A row is one pass (fprop, dgrad, wgrad, or dgrad_wgrad: both gradients) of one layer at one batch size, as users and
+autograd call it: xsep.depthwise_conv2d and what its backward calls, outputs allocated by every call.  torch's side is
+F.conv2d and the aten operator behind its backward, in the same layout; on a GPU the faster of cuDNN, which tries its
+algorithms first, and ATen's own kernels, with cold caches.  GB/s counts each input read once and each output written
+once; "of copy" divides it by the bandwidth of tensor.copy_ measured just before, also read plus write.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import xsep
-from xsep.ops import cpu
+from xsep.ops import cpu, library
 from xsep.ops.problem import Problem
 from xsep.shapes import NETWORKS, Shape
 from xsep.testing import assert_no_worse_than_torch
@@ -31,8 +31,6 @@ LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 TARGETS = {"nchw": 4.0, "nhwc": 1.3}  # geometric mean of the ratios
 OVERHEAD_TARGET = 15e-6  # seconds
 COPY_TARGET = 0.85  # of the copy bandwidth, on rows beyond the last-level cache
-
-ops = torch.ops.xsep
 
 
 def tensors(shape: Shape, dtype: torch.dtype, layout: str, device: str = "cpu"):
@@ -61,19 +59,19 @@ def calls(shape: Shape, name: str, x, w, dy):
 
     return {
         "fprop": {
-            "xsep": lambda: ops.fprop(x, w, None, *geometry),
+            "xsep": lambda: xsep.depthwise_conv2d(x, w, None, shape.stride, shape.pad, shape.dilation),
             "torch": lambda: torch.nn.functional.conv2d(x, w, None, shape.stride, padding, shape.dilation, shape.C),
         },
         "dgrad": {
-            "xsep": lambda: ops.dgrad(dy, w, shape.x_sizes, *geometry),
+            "xsep": lambda: library.dgrad(dy, w, shape.x_sizes, *geometry),
             "torch": lambda: backward(True, False)[0],
         },
         "wgrad": {
-            "xsep": lambda: ops.wgrad(dy, x, shape.w_sizes, *geometry),
+            "xsep": lambda: library.wgrad(dy, x, shape.w_sizes, *geometry),
             "torch": lambda: backward(False, True)[1],
         },
         "dgrad_wgrad": {
-            "xsep": lambda: ops.dgrad_wgrad(dy, x, w, *geometry),
+            "xsep": lambda: library.dgrad_wgrad(dy, x, w, *geometry),
             "torch": lambda: backward(True, True)[:2],
         },
     }[name]

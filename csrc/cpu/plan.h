@@ -114,7 +114,7 @@ struct Plan {
   std::vector<int> class_start;                    // position of [row residue][column residue] in `order`
 
   // Elements of the accumulation type, each region rounded up to a cache line.
-  int64_t x_tile, dy_tile, out_tile, planes;     // a thread's tiles, and the last as it will lie in an NCHW tensor
+  int64_t x_tile, dy_tile, out_tile, outgoing;   // a thread's tiles, and outputs on their way past the caches
   int64_t scratch;                               // their sum, per thread
   int64_t packed_w, packed_bias, packed_affine;  // shared
   int64_t sums;                                  // per thread: partial dw, then dscale and dshift, per block

@@ -81,7 +81,7 @@ inline void wgrad_tile(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_
 template <class T, int kRows, int kStep, class F>
 inline void for_wgrad(const Wgrad<acc_t<T>>& g, F&& f) {
   constexpr int kLine = 64 / sizeof(T);
-  const int stretch = g.stream ? 4 : 20, stretches = (g.cols + stretch - 1) / stretch;
+  const int stretch = g.stream && kStep > 0 ? 4 : 20, stretches = (g.cols + stretch - 1) / stretch;
   const Pixels dy{g.dy, g.dy_row, g.dy_pixel, g.rows, g.cols, 0, 0, 1, 1, 1, 1};
   for (int i = 0; i < g.rows; i += kRows) {
     const int below = g.x.first_row + (i + kRows - 1) * kStep + g.tap_rows;

@@ -13,8 +13,6 @@ from . import aten, backends, library
 from .geometry import Padding, Size2, pair, resolve_padding
 from .problem import Problem, is_nhwc
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-
 
 def depthwise_conv2d(
     input: Tensor,
@@ -48,13 +46,8 @@ def depthwise_conv2d(
     """
     batched = _batched(input, "input")
     stride, pad, dilation = _geometry(batched, weight, stride, padding, dilation)
-    compiling = is_compiling()
-    if not compiling and _under_transform():
-        y = aten.compose(batched, weight, bias, stride, pad, dilation)
-    elif not compiling and _nothing_watches(batched, weight, bias):
-        y = library.fprop(batched, weight, bias, stride, pad, dilation)
-    else:
-        y = library.ops.fprop(batched, weight, bias, stride, pad, dilation)
+    fprop = aten.compose if not is_compiling() and _under_transform() else library.fprop
+    y = fprop(batched, weight, bias, stride, pad, dilation)
     return y if batched is input else y.squeeze(0)
 
 
@@ -112,24 +105,6 @@ def _geometry(
         raise ValueError(f"weight must be (C*M, 1, R, S); got shape {tuple(weight.shape)}")
     strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     return strides, resolve_padding(padding, x.shape[2:], weight.shape[2:], strides, dilations), dilations
-
-
-def _nothing_watches(*tensors: Tensor | None) -> bool:
-    """Whether the operator's kernel may be called without torch's dispatcher, which takes longer than small kernels.
-
-    So it is where no gradient, autocast, tensor subclass, mode, tracer or profiler has to see the operator.
-    """
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or (grad and t.requires_grad)):
-            return False
-    return not (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._get_tracing_state()
-        or torch.is_autocast_enabled(tensors[0].device.type)  # type: ignore[union-attr]
-        or torch._C._autograd._profiler_enabled()
-    )
 
 
 def _under_transform() -> bool:

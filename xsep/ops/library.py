@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import Library, register_autograd, register_fake
 from torch.utils.flop_counter import register_flop_formula
 
-from .._compat import autocast_dtype
+from .._compat import autocast_dtype, is_compiling
 from . import backends
 from .problem import Problem, check_same, check_sizes, is_nhwc, memory_format
 
@@ -30,6 +30,7 @@ lib.define(f"dgrad(Tensor dy, Tensor w, SymInt[] x_sizes, {_GEOMETRY}) -> Tensor
 lib.define(f"wgrad(Tensor dy, Tensor x, SymInt[] w_sizes, {_GEOMETRY}) -> Tensor")
 lib.define(f"dgrad_wgrad(Tensor dy, Tensor x, Tensor w, {_GEOMETRY}) -> (Tensor, Tensor)")
 ops = torch.ops.xsep
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _problem(t: Tensor, nhwc: bool, x_sizes, w_sizes, stride, pad, dilation) -> Problem:
@@ -49,8 +50,7 @@ def _check_bias(x: Tensor, w: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"bias must have shape ({w.shape[0]},); got {tuple(bias.shape)}")
 
 
-def fprop(x, w, bias, stride, pad, dilation):
-    """xsep::fprop's kernel for every device, below autograd and autocast."""
+def _fprop(x, w, bias, stride, pad, dilation):
     check_same("input", x, "weight", w)
     if bias is not None:
         _check_bias(x, w, bias)
@@ -83,9 +83,42 @@ def _dgrad_wgrad(dy, x, w, stride, pad, dilation):
     return chosen.dgrad_wgrad(p, dy, x, w)
 
 
-for _name, _kernel in (("fprop", fprop), ("dgrad", _dgrad), ("wgrad", _wgrad), ("dgrad_wgrad", _dgrad_wgrad)):
+for _name, _kernel in (("fprop", _fprop), ("dgrad", _dgrad), ("wgrad", _wgrad), ("dgrad_wgrad", _dgrad_wgrad)):
     for _key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
         lib.impl(_name, _kernel, _key)
+
+
+def _unless_watched(operator, kernel):
+    """``operator``, but its kernel alone where no gradient, autocast, subclass, mode, tracer or profiler has to see it.
+
+    torch's dispatcher takes longer than small kernels: about 12 us.
+    """
+
+    def call(a: Tensor, b: Tensor, c, *rest):
+        return operator(a, b, c, *rest) if is_compiling() or _watched(a, b, c) else kernel(a, b, c, *rest)
+
+    return call
+
+
+def _watched(*arguments) -> bool:
+    grad = torch.is_grad_enabled()
+    for t in arguments:
+        if isinstance(t, Tensor) and (type(t) not in _PLAIN or (grad and t.requires_grad)):
+            return True
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state()
+        or torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled(arguments[0].device.type)
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+fprop = _unless_watched(ops.fprop, _fprop)
+dgrad = _unless_watched(ops.dgrad, _dgrad)
+wgrad = _unless_watched(ops.wgrad, _wgrad)
+dgrad_wgrad = _unless_watched(ops.dgrad_wgrad, _dgrad_wgrad)
 
 
 @register_fake("xsep::fprop", lib=lib)
@@ -135,11 +168,11 @@ def _fprop_backward(ctx, dy):
     dy = _as(dy, x)
     dx = dw = dbias = None
     if need_x and need_w:
-        dx, dw = ops.dgrad_wgrad(dy, x, w, *ctx.geometry)
+        dx, dw = dgrad_wgrad(dy, x, w, *ctx.geometry)
     elif need_x:
-        dx = ops.dgrad(dy, w, x.shape, *ctx.geometry)
+        dx = dgrad(dy, w, x.shape, *ctx.geometry)
     elif need_w:
-        dw = ops.wgrad(dy, x, w.shape, *ctx.geometry)
+        dw = wgrad(dy, x, w.shape, *ctx.geometry)
     if ctx.has_bias and need_bias:
         dbias = dy.sum((0, 2, 3))
     return dx, dw, dbias, None, None, None
@@ -149,16 +182,16 @@ def _dgrad_backward(ctx, ddx):
     dy, w = ctx.saved_tensors
     need_dy, need_w = ctx.needs_input_grad[:2]
     ddx = _as(ddx, dy)
-    ddy = ops.fprop(ddx, w, None, *ctx.geometry) if need_dy else None
-    dw = ops.wgrad(dy, ddx, w.shape, *ctx.geometry) if need_w else None
+    ddy = fprop(ddx, w, None, *ctx.geometry) if need_dy else None
+    dw = wgrad(dy, ddx, w.shape, *ctx.geometry) if need_w else None
     return ddy, dw, None, None, None, None
 
 
 def _wgrad_backward(ctx, ddw):
     dy, x = ctx.saved_tensors
     need_dy, need_x = ctx.needs_input_grad[:2]
-    ddy = ops.fprop(x, ddw, None, *ctx.geometry) if need_dy else None
-    dx = ops.dgrad(_as(dy, x), ddw, x.shape, *ctx.geometry) if need_x else None
+    ddy = fprop(x, ddw, None, *ctx.geometry) if need_dy else None
+    dx = dgrad(_as(dy, x), ddw, x.shape, *ctx.geometry) if need_x else None
     return ddy, dx, None, None, None, None
 
 
@@ -168,11 +201,11 @@ def _dgrad_wgrad_backward(ctx, ddx, ddw):
     ddx = _as(ddx, x)
     ddy = dx = dw = None
     if need_dy:
-        ddy = ops.fprop(ddx, w, None, *ctx.geometry) + ops.fprop(x, ddw, None, *ctx.geometry)
+        ddy = fprop(ddx, w, None, *ctx.geometry) + fprop(x, ddw, None, *ctx.geometry)
     if need_x:
-        dx = ops.dgrad(_as(dy, x), ddw, x.shape, *ctx.geometry)
+        dx = dgrad(_as(dy, x), ddw, x.shape, *ctx.geometry)
     if need_w:
-        dw = ops.wgrad(dy, ddx, w.shape, *ctx.geometry)
+        dw = wgrad(dy, ddx, w.shape, *ctx.geometry)
     return ddy, dx, dw, None, None, None
 
 
