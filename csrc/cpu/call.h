@@ -32,10 +32,10 @@ struct Scratch {
       : x(memory),
         dy(x + plan.x_tile),
         out(dy + plan.dy_tile),
-        outgoing(out + plan.out_tile),
-        sums(outgoing + plan.outgoing) {}
+        planes(out + plan.out_tile),
+        sums(planes + plan.planes) {}
 
-  A *x, *dy, *out, *outgoing, *sums;
+  A *x, *dy, *out, *planes, *sums;
 };
 
 struct Item {

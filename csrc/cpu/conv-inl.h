@@ -6,8 +6,8 @@ constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
 // one input row and a weight.  Every pixel is then loaded once for all the outputs that it belongs to.
 template <int kTaps, int kStep>
 struct ConvTile {
-  static constexpr int kCols = kTileCols, kPixels = (kCols - 1) * kStep + kTaps, kFree = kRegisters - kPixels - 1;
-  static constexpr int kRows = kFree >= 4 * kCols ? kTileRows : kFree >= 2 * kCols ? 2 : 1;
+  static constexpr int kCols = 4, kPixels = (kCols - 1) * kStep + kTaps, kFree = kRegisters - kPixels - 1;
+  static constexpr int kRows = kFree >= 4 * kCols ? 4 : kFree >= 2 * kCols ? 2 : 1;
 };
 
 // Left alone, GCC computes the addresses of all that a tile touches before the loop over channels, and keeps them on
@@ -135,32 +135,11 @@ inline void for_columns(int n, bool overlap, F&& f) {
   if (j < n) f(constant<1>{}, j);
 }
 
-// Where a convolution leaves a tile of outputs: in place, or in memory from which stream_pixels takes it.
-template <class T>
-Conv<acc_t<T>> tile_of(Conv<acc_t<T>> c) {
-  if (!c.outgoing) return c;
-  c.out_pixel = ptrdiff_t{c.blocks} * kBlock<acc_t<T>>;
-  c.out_row = kTileCols * c.out_pixel;
-  return c;
-}
-template <class T>
-inline void stream_pixels(const Conv<acc_t<T>>& c, const Conv<acc_t<T>>& tile, int rows, int cols, T* dst) {
-  const ptrdiff_t bytes = (c.last + kBlock<acc_t<T>>)*sizeof(T);
-  const T* const src = static_cast<const T*>(c.outgoing);
-  for (int t = 0; t < rows; ++t) {
-    for (int q = 0; q < cols; ++q) {
-      copy_streaming(reinterpret_cast<char*>(dst + t * c.out_row + q * c.out_pixel),
-                     reinterpret_cast<const char*>(src + t * tile.out_row + q * tile.out_pixel), bytes);
-    }
-  }
-}
-
 template <class T, int kTaps, int kStep>
 void conv_dense(const Conv<acc_t<T>>& args) {
   typedef acc_t<T> A;
   constexpr int kRows = ConvTile<kTaps, kStep>::kRows, kLine = 64 / sizeof(T);
   const Conv<A> c = args;  // a copy, which no store through a pointer can be thought to change
-  const Conv<A> tile = tile_of<T>(c);
   for (int i = 0; i < c.rows; i += kRows) {
     const int rows = kRows < c.rows - i ? kRows : c.rows - i, row = c.in.first_row + i * kStep;
     const int below = row + (rows - 1) * kStep + c.tap_rows;
@@ -171,8 +150,7 @@ void conv_dense(const Conv<acc_t<T>>& args) {
       const int col = c.in.first_col + j * kStep;
       const bool border = kAtBorder || col < 0 || col + (kCols - 1) * kStep + kTaps > c.in.cols;
       const T* in = static_cast<const T*>(c.in.data) + row * c.in.row + col * c.in.pixel;
-      T* const dst = static_cast<T*>(c.out) + i * c.out_row + j * c.out_pixel;
-      T* const out = c.outgoing ? static_cast<T*>(c.outgoing) : dst;
+      T* out = static_cast<T*>(c.out) + i * c.out_row + j * c.out_pixel;
       const auto channels = [&](auto is_square, auto is_border) {
         // Channels innermost: memory is walked in order.
         for (int b = 0; b < c.blocks; ++b) {
@@ -181,11 +159,10 @@ void conv_dense(const Conv<acc_t<T>>& args) {
             const ptrdiff_t at = b + 1 < c.blocks ? packed : c.last + v;
             if (packed % kLine == 0) prefetch<T>(c.in, below, kRows * kStep, col, kCols * kStep, at);
             conv_tile<T, kTaps, kStep, kCols, is_square.value, is_border.value>(
-                tile, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + packed : nullptr,
+                c, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + packed : nullptr,
                 out + at);
           }
         }
-        if (c.outgoing) stream_pixels<T>(c, tile, rows, kCols, dst);
       };
       if constexpr (kTaps == 3) {
         if (square)
@@ -194,7 +171,7 @@ void conv_dense(const Conv<acc_t<T>>& args) {
       border ? channels(constant<0>{}, constant<1>{}) : channels(constant<0>{}, constant<kAtBorder>{});
     });
   }
-  if (c.stream || c.outgoing) finish_streaming();
+  if (c.stream) finish_streaming();
 }
 
 // Any taps: four outputs of a row share a weight, and load their own pixels.

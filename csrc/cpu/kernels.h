@@ -56,8 +56,6 @@ struct Pixels {
   int first_row, first_col, step_row, step_col, tap_row, tap_col;
 };
 
-constexpr int kTileRows = 4, kTileCols = 4;  // outputs that are made at once, at most
-
 // out[i][j] = init + sum over taps (r, s) of in(i, j, r, s) * weights[r][s]
 template <class A>
 struct Conv {
@@ -69,10 +67,8 @@ struct Conv {
   void* out;
   ptrdiff_t out_row, out_pixel;
   int rows, cols, blocks;
-  ptrdiff_t last;       // from the first channel of the first block to that of the last; in between they are neighbours
-  bool stream = false;  // out is aligned to cache lines and too large to stay in the caches
-  // If out is too large and not aligned: memory for kTileRows x kTileCols pixels on their way.
-  void* outgoing = nullptr;
+  ptrdiff_t last;  // from the first channel of the first block to that of the last; in between they are neighbours
+  bool stream;     // out is aligned to cache lines and too large to stay in the caches
 };
 
 // dw[r][s] += sum over (i, j) of dy[i][j] * x(i, j, r, s)

@@ -15,8 +15,9 @@ constexpr int kRowLines = 1280, kFusedRowLines = 512;
 constexpr int kFusedRows = 8;
 constexpr int kGroupLines = 8;  // of a pixel, at least: memory likes long stretches
 
-// Tensors of more bytes than this together do not stay in a last-level cache.
-constexpr int64_t kStreamBytes = 32 << 20;
+// A tensor of more bytes than the first, and tensors of more than the second together, do not stay in a last-level
+// cache.
+constexpr int64_t kLargeBytes = 24 << 20, kStreamBytes = 32 << 20;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -106,8 +107,10 @@ Plan::Plan(const DepthwiseArgs& args) {
   const int64_t macs = s.y_numel() * s.R * s.S;
   threads = static_cast<int>(std::clamp<int64_t>(macs / kMacsPerThread, 1, std::max(1, args.threads)));
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
-  const int64_t elements = s.x_numel() + s.y_numel() + (pass == Pass::kDgradWgrad ? s.x_numel() : 0);
-  stream = elements * (64 / (half ? 2 * line : line)) > kStreamBytes;
+  const int64_t size = 64 / (half ? 2 * line : line);
+  large = (pass == Pass::kFprop ? s.y_numel() : s.x_numel()) * size > kLargeBytes;
+  // Vectors that go out in place cost nothing more past the caches, and leave them to the inputs; others are copied.
+  stream = direct ? (s.x_numel() * (pass == Pass::kDgradWgrad ? 2 : 1) + s.y_numel()) * size > kStreamBytes : large;
 
   if (makes_dx) {
     for (int a = 0; a < s.stride_h; ++a) row_classes.push_back(rows.axis.dgrad_taps(a));
@@ -127,11 +130,8 @@ Plan::Plan(const DepthwiseArgs& args) {
   x_tile = round_up(int64_t{row.x} * col.x * staged, line);
   dy_tile = round_up(int64_t{row.dy} * col.dy * staged, line);
   out_tile = makes_dx || pass == Pass::kFprop ? round_up(int64_t{row.out} * col.out * staged, line) : 0;
-  outgoing = !stream || pass == Pass::kWgrad ? 0
-             : direct                        ? int64_t{kTileRows} * kTileCols * ceil_div(blocks, groups) * block
-             : args.nhwc                     ? 0
-                                             : round_up(out_tile / depth, line);
-  scratch = x_tile + dy_tile + out_tile + outgoing;
+  planes = stream && !args.nhwc ? round_up(out_tile / depth, line) : 0;
+  scratch = x_tile + dy_tile + out_tile + planes;
 
   packed_w = pass == Pass::kWgrad ? 0 : round_up(int64_t{blocks} * taps * block, line);
   packed_bias = round_up(int64_t{blocks} * s.M * block, line);

@@ -106,7 +106,8 @@ struct Plan {
   int bands;        // per tile of rows
   int depth;        // and has at most so many blocks
   int taps;         // M * R * S
-  bool stream;      // the tensors do not fit into the caches
+  bool large;       // the pass goes over more than the caches hold
+  bool stream;      // its outputs go past them
 
   // Packed filter of a block: position -> index into the M * R * S taps of a channel.  dgrad groups them by class.
   std::vector<int> order;
@@ -114,7 +115,7 @@ struct Plan {
   std::vector<int> class_start;                    // position of [row residue][column residue] in `order`
 
   // Elements of the accumulation type, each region rounded up to a cache line.
-  int64_t x_tile, dy_tile, out_tile, outgoing;   // a thread's tiles, and outputs on their way past the caches
+  int64_t x_tile, dy_tile, out_tile, planes;     // a thread's tiles, and the last as it will lie in an NCHW tensor
   int64_t scratch;                               // their sum, per thread
   int64_t packed_w, packed_bias, packed_affine;  // shared
   int64_t sums;                                  // per thread: partial dw, then dscale and dshift, per block

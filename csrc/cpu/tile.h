@@ -116,7 +116,7 @@ class Tile {
     for (int b = b_; b < b_ + blocks_; ++b) {
       T* dst = const_cast<T*>(at<T>(t, image_, int64_t{first_channel(b)} * multiplier + m, rows.lo, cols.lo));
       store({scratch_.out + (b - b_) * block_, tile_pixel(), dst, t.h, t.w, t.c * multiplier, rows.size(), cols.size(),
-             lanes(b), affine_grad(b), plan_.outgoing ? scratch_.outgoing : nullptr});
+             lanes(b), affine_grad(b), plan_.planes ? scratch_.planes : nullptr});
     }
   }
   AffineGrad<A> affine_grad(int b) const {
@@ -127,12 +127,8 @@ class Tile {
     return {affine, at<T>(x, image_, first_channel(b), dx_rows_.lo, dx_cols_.lo), x.h, x.w, x.c, sums, sums + block_};
   }
 
-  // How outputs leave the convolution for a tensor that is written in place.
-  Conv<A> leaving(Conv<A> conv, const T* dst, const TensorRef& out) const {
-    if (!plan_.stream) return conv;
-    conv.stream = sizeof(T) == sizeof(A) && reinterpret_cast<uintptr_t>(dst) % 64 == 0 && out.w * sizeof(T) % 64 == 0;
-    conv.outgoing = conv.stream ? nullptr : scratch_.outgoing;
-    return conv;
+  bool streams(const T* dst, const TensorRef& out) const {
+    return plan_.stream && reinterpret_cast<uintptr_t>(dst) % 64 == 0 && out.w * sizeof(T) % 64 == 0;
   }
 
   void fprop(int m) {
@@ -143,12 +139,12 @@ class Tile {
     const int64_t next = int64_t{plan_.taps} * block_;
     if (direct_) {
       T* dst = const_cast<T*>(at<T>(y, image_, c0_, y_rows_.lo, y_cols_.lo));
-      const Conv<A> conv{x_pixels(), s_.R, s_.S, weights, next, bias, dst, y.h, y.w, rows, cols, blocks_, last()};
-      call_.kernels.conv(leaving(conv, dst, y));
+      call_.kernels.conv(
+          {x_pixels(), s_.R, s_.S, weights, next, bias, dst, y.h, y.w, rows, cols, blocks_, last(), streams(dst, y)});
       return;
     }
     call_.kernels.conv_staged({x_pixels(), s_.R, s_.S, weights, next, bias, scratch_.out, cols * tile_pixel(),
-                               tile_pixel(), rows, cols, blocks_, last()});
+                               tile_pixel(), rows, cols, blocks_, last(), false});
     store(y, s_.M, m, y_rows_, y_cols_);
   }
 
@@ -175,26 +171,15 @@ class Tile {
     if (direct_) {
       const TensorRef dx = dense<T>(call_.args.dx, call_.args.nhwc, s_.C, s_.H, s_.W);
       T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo + i, dx_cols_.lo + j));
-      const Conv<A> conv{dy,
-                         tap_cols ? tap_rows : 0,
-                         tap_cols,
-                         weights,
-                         int64_t{plan_.taps} * block_,
-                         init,
-                         dst,
-                         s_.stride_h * dx.h,
-                         s_.stride_w * dx.w,
-                         out_rows,
-                         out_cols,
-                         blocks_,
-                         last()};
-      call_.kernels.conv(leaving(conv, dst, dx));
+      call_.kernels.conv({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init, dst,
+                          s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, blocks_, last(),
+                          streams(dst, dx)});
       return;
     }
     const ptrdiff_t row = dx_cols_.size() * tile_pixel();
     call_.kernels.conv_staged({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init,
                                scratch_.out + i * row + j * tile_pixel(), s_.stride_h * row, s_.stride_w * tile_pixel(),
-                               out_rows, out_cols, blocks_, last()});
+                               out_rows, out_cols, blocks_, last(), false});
   }
 
   void store_dx() {
@@ -208,7 +193,7 @@ class Tile {
     if (direct_) {
       const TensorRef& dy = call_.args.dy;
       call_.kernels.wgrad({x_pixels(), s_.R, s_.S, at<T>(dy, image_, c0_, y_rows_.lo, y_cols_.lo), dy.h, dy.w,
-                           y_rows_.size(), y_cols_.size(), blocks_, last(), dw, plan_.sums_per_block, plan_.stream});
+                           y_rows_.size(), y_cols_.size(), blocks_, last(), dw, plan_.sums_per_block, plan_.large});
       return;
     }
     const ptrdiff_t row = dy_cols_.size() * tile_pixel();
