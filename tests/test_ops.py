@@ -48,6 +48,24 @@ def test_named_shapes(name, dtype, layout, kernels):
     check_all_maps(NAMED[name], dtype, layout, kernels.device)
 
 
+# Beyond the caches, where the CPU kernels store past them and walk memory another way: pixels of whole and of ragged
+# cache lines, and a filter that only the general loops take.
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("C, R, S", [(96, 3, 3), (90, 3, 3), (90, 1, 4)])
+def test_large_tensors(C, R, S, layout):
+    case = Shape(3, C, 150, 161, R, S, 1, (1, 1), (R // 2, R // 2, S // 2, S // 2))
+    w, bias = dense(case.w_sizes, torch.float32, 1), dense((C,), torch.float32, 2)
+    x = dense(case.x_sizes, torch.float32, 0).contiguous(memory_format=layout)
+    y_sizes = ops.fprop(x.to("meta"), w.to("meta"), None, *case.geometry).shape
+    dy = dense(y_sizes, torch.float32, 3).contiguous(memory_format=layout)
+    truth = torch_results(case, *(t.double() for t in (x, w, bias, dy)))
+    theirs = torch_results(case, x, w, bias, dy)
+    ours = ops.fprop(x, w, bias, *case.geometry), *ops.dgrad_wgrad(dy, x, w, *case.geometry)
+    alone = ops.dgrad(dy, w, x.shape, *case.geometry), ops.wgrad(dy, x, w.shape, *case.geometry)
+    for name, mine, i in zip(("y", "dx", "dw", "dx alone", "dw alone"), (*ours, *alone), (0, 1, 2, 1, 2)):
+        assert_no_worse_than_torch(mine, theirs[i], truth[i], f"{name} of {case} in {layout}")
+
+
 def test_drawn_shapes(kernels):
     @settings(max_examples=50)
     @given(cases(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS))
