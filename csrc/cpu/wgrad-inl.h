@@ -77,7 +77,9 @@ inline void wgrad_tile(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_
 
 // f(rows [i, i + kRows) of dy, its columns [j, j_end), channel, that channel's dw) over the tile: a stretch of columns,
 // then every channel of it, so that memory is walked in order.  Out of the caches a long stretch is best, since the
-// sums are loaded and stored for each; out of memory a short one, which fetches the channels of a pixel together.
+// sums are loaded and stored for each; out of memory a short one, which fetches the channels of a pixel together.  The
+// general loops (kStep 0) take one row at a time: in short stretches so few products would be added up before they are
+// rounded into dw that its error doubles.
 template <class T, int kRows, int kStep, class F>
 inline void for_wgrad(const Wgrad<acc_t<T>>& g, F&& f) {
   constexpr int kLine = 64 / sizeof(T);
