@@ -116,7 +116,7 @@ struct numeric_limits {
 template <class T>
 const T& min(const T&, const T&);
 template <class T>
-const T& max(const T&, const T&);
+constexpr const T& max(const T& a, const T& b) { return a < b ? b : a; }
 template <class T>
 const T& clamp(const T&, const T&, const T&);
 template <class T>
