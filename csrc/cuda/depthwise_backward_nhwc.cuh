@@ -14,21 +14,20 @@
 //
 // Filter and sums take 2 * kR * kR * kV registers: hence 2 channels a thread with 3x3 and 1 with larger filters, and
 // columns instead, which share both: 2 with 3x3 and 4 else, but 2 with 7x7 through a function on load.  So both passes
-// fit into one kernel even with 7x7; two launches would take more instructions (155 instead of 149) and read dy twice.
+// fit into one kernel even with 7x7, and dy is read once.
 // A row of dy and of x is in flight while the last is multiplied; with 3x3, three.
 //
 // Bytes: dy and x once from DRAM, dx once; from L2 also the halo of dy around a block's columns, and of both around a
 // strip.  Memory limits 3x3, instructions the larger filters.
 //
-//   PTX instructions for each element of x (sm_80)   registers (sm_80 sm_90a); nothing is spilled from sm_75 to sm_120
-//            half: wgrad  both   float: wgrad  both   wgrad: half, float    both: half, float;   half on load
-//   3x3            24.3   40.8          29.1   43.9   108 108, 117 118      126 139, 142 153;    139 148
-//   5x5            61.0   94.8          59.8   92.5    99  96,  96  96      142 149, 142 153;    167 165
-//   7x7            91.5   149           90.2   146    135 128, 134 128      218 223, 216 234;    200 205
-//   3x3 / 2        11.1   19.4          13.5   22.2   108 111, 122 124      103 115, 130 138;    135 166
-//   5x5 / 2        23.8   40.5          22.6   38.6    93  96,  96  96      127 137, 129 140;    156 156
-//   7x7 / 2        31.9   54.4          30.8   52.6   128 128, 128 138      200 209, 206 217;    186 191
-// dgrad with stride 2: 10.1, 20.8 and 27.8 instructions of half, at most 128 registers.
+//   Registers (sm_80 sm_90a); nothing is spilled from sm_37 to sm_121
+//              wgrad: half, float     both: half, float      both on load: half
+//   3x3        108 108, 117 118       126 139, 142 153       139 148
+//   5x5         99  96,  96  96       142 149, 142 153       167 165
+//   7x7        135 128, 134 128       218 223, 216 234       200 205
+//   3x3 / 2    108 111, 122 124       103 115, 130 138       135 166
+//   5x5 / 2     93  96,  96  96       127 137, 129 140       156 156
+//   7x7 / 2    128 128, 128 138       200 209, 206 217       186 191
 #pragma once
 
 #include "nhwc.cuh"

@@ -14,14 +14,14 @@
 // Bytes: x once from DRAM and y once; from L2 also the halo of a block (16 columns of most and kR - 1 more, strips of
 // rows and kR - 1 more).  Memory limits 3x3; 5x5 of half is on the border, instructions limit 7x7.
 //
-//   PTX instructions an output (sm_80)   registers (sm_80, sm_90a); nothing is spilled from sm_75 to sm_120
-//              half  float  bfloat16     half         float         on load: half    float
-//   3x3        17.6  21.4   24.4         122, 112     144, 146               142, 128   157, 167
-//   5x5        42.9  48.6   53.1         122, 128     142, 146               156, 144   150, 167
-//   7x7        63.4  78.4   72.1         212, 232     206, 212               228, 236   224, 243
-//   3x3 / 2    26.8  36.5   44.0         122, 112     152, 154               148, 128   167, 168
-//   5x5 / 2    60.5  74.0   84.5         122, 126     144, 146               144, 168   154, 168
-//   7x7 / 2    79.8  110    102          198, 204     212, 216               218, 226   219, 249
+//   Registers (sm_80, sm_90a); nothing is spilled from sm_37 to sm_121
+//              half         float         on load: half    float
+//   3x3        122, 112     144, 146      142, 128         157, 167
+//   5x5        122, 128     142, 146      156, 144         150, 167
+//   7x7        212, 232     206, 212      228, 236         224, 243
+//   3x3 / 2    122, 112     152, 154      148, 128         167, 168
+//   5x5 / 2    122, 126     144, 146      144, 168         154, 168
+//   7x7 / 2    198, 204     212, 216      218, 226         219, 249
 #pragma once
 
 #include "nhwc.cuh"
