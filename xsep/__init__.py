@@ -3,7 +3,15 @@
 from . import models, nn
 from ._version import __version__
 from .nn import DepthwiseConv2d, SeparableConv2d, convert
-from .ops import backend, depthwise_conv2d, empty_cache, explain, separable_conv2d
+from .ops import (
+    backend,
+    depthwise_conv2d,
+    empty_cache,
+    explain,
+    load_choices,
+    save_choices,
+    separable_conv2d,
+)
 
 __all__ = [
     "DepthwiseConv2d",
@@ -14,7 +22,9 @@ __all__ = [
     "depthwise_conv2d",
     "empty_cache",
     "explain",
+    "load_choices",
     "models",
     "nn",
+    "save_choices",
     "separable_conv2d",
 ]

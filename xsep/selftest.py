@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ._files import write_json
 from .ops import aten
 from .ops.backends import BACKENDS
 from .ops.compiled import DTYPES, PASSES
@@ -232,13 +232,9 @@ def record(backend: CudaBackend, dtype: torch.dtype, card: int, results: list[Re
     failed = sorted({result.family for result in results if result.failure})
     path = _verdicts()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = _load(path)
         kept.setdefault(_key(backend, card), {})[str(dtype)] = failed
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(kept, file, indent=1)
-        os.replace(temporary, path)
+        write_json(path, kept)
     except OSError:
         pass  # the next process tests again
     return failed

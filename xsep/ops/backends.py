@@ -1,7 +1,8 @@
 """Which implementation answers a call: a pure function of device, dtype and shape that can say why not.
 
 The backends of a device are tried in order; the first whose ``why_not`` returns ``None`` runs.  ``with backend(name):``
-or the environment variable ``XSEP_BACKEND`` forces one; a problem it cannot take then raises.
+or the environment variable ``XSEP_BACKEND`` forces one; a problem it cannot take then raises.  On a GPU where
+``torch.backends.cudnn.benchmark`` is set and none is forced, the choice is by timing instead (``tuning.py``).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Iterator, Protocol
 import torch
 from torch import Tensor
 
-from . import aten, cpu, cuda
+from . import aten, cpu, cuda, tuning
 from .problem import Problem, check_sizes
 
 NAMES = ("cpu", "cuda", "cuda-emulated", "triton", "aten")
@@ -82,7 +83,8 @@ def backend(name: str) -> Iterator[None]:
 
 def choose(problem: Problem) -> Backend:
     """The backend that runs ``problem``.  Raises ``ValueError`` for sizes that do not fit together."""
-    return _choose(problem, _forced)
+    chosen = _choose(problem, _forced)
+    return TIMED if _forced is None and tuning.wanted(problem) else chosen
 
 
 @lru_cache(maxsize=4096)
@@ -102,8 +104,43 @@ def _choose(problem: Problem, forced: str | None) -> Backend:
     return BACKENDS[name]
 
 
+def candidates(problem: Problem, pass_: int) -> dict[str, Any]:
+    """Everything that can run a pass on the problem's device, by name: each kernel family is one."""
+    found: dict[str, Any] = {}
+    for name in _ORDER.get(problem.device, ("aten",)):
+        if BACKENDS[name].why_not(problem) is None:
+            families = getattr(BACKENDS[name], "candidates", None)
+            found.update(families(problem, pass_) if families else {name: BACKENDS[name]})
+    return found
+
+
+TIMED = tuning.TimedBackend(candidates, lambda problem: _choose(problem, None))
+
+
+def _choice_changes() -> None:
+    _choose.cache_clear()
+    TIMED.forget_chosen()
+
+
 for _backend in (cuda.CUDA, cuda.EMULATED):
-    _backend.choice_changes = _choose.cache_clear
+    _backend.choice_changes = _choice_changes
+
+
+def save_choices(path: str | os.PathLike) -> None:
+    """Writes what ``torch.backends.cudnn.benchmark`` made xsep measure to a JSON file, for ``load_choices``.
+
+    A choice belongs to a pass of a problem (sizes, dtype, layout) on a model of card.  Raises ``OSError``.
+    """
+    TIMED.save(path)
+
+
+def load_choices(path: str | os.PathLike) -> None:
+    """Adds the choices of a file that ``save_choices`` wrote, so that they need not be measured again.
+
+    Raises ``OSError``, or ``ValueError`` for another kind of file.  Choices that other versions of xsep or torch
+    measured are left aside with a warning.
+    """
+    TIMED.load(path)
 
 
 @cache
@@ -116,7 +153,7 @@ def explain_problem(problem: Problem) -> str:
     lines = [str(problem)]
     chosen: str | None = None
     try:
-        chosen = choose(problem).name
+        chosen = _choose(problem, _forced).name
     except RuntimeError as error:
         lines.append(f"  raises: {error}")
     order = _ORDER.get(problem.device, ("aten",))
@@ -130,4 +167,7 @@ def explain_problem(problem: Problem) -> str:
             if not _forced and name not in order:
                 reason = "could run if forced"
         lines.append(f"  {name:14s} {reason}")
+    if _forced is None and tuning.wanted(problem):
+        lines.append("  but torch.backends.cudnn.benchmark is set: what was fastest when a pass was first seen runs")
+        lines.extend(TIMED.explain(problem))
     return "\n".join(lines)

@@ -23,13 +23,16 @@ class CudaBackend(CompiledBackend):
     def __init__(self, name: str, device: str, module_name: str, advice: str, family: str = ""):
         self.name, self.device, self.family = name, device, family
         self._built_from = (name, device, module_name, advice)
+        self._only: dict[str, CudaBackend] = {}
         self.module, self._import_error = load(module_name, advice)
         self.choice_changes: Callable[[], None] = lambda: None  # what to call when other kernels will be chosen
         self._untested = False  # a choice was made while a graph was captured, when nothing can be tested
 
     def only(self, family: str) -> CudaBackend:
         """This backend with kernels of one family."""
-        return CudaBackend(*self._built_from, family)
+        if family not in self._only:
+            self._only[family] = CudaBackend(*self._built_from, family)
+        return self._only[family]
 
     def why_not(self, problem: Problem) -> str | None:
         reason = self.why_absent()
@@ -81,6 +84,11 @@ class CudaBackend(CompiledBackend):
         The tensors are dense; address 0 is aligned for all.
         """
         return dict(_call(self, pass_, problem).why_not(_tensors(problem, address, False)))
+
+    def candidates(self, problem: Problem, pass_: int) -> dict[str, CudaBackend]:
+        """The families that could run a pass of a problem which the backend takes, the preferred one first."""
+        reasons = self.why_not_families(problem, pass_)
+        return {name: self.only(name) for name, why in reasons.items() if not why or why.startswith("comes after")}
 
     def set_enabled(self, dtype: torch.dtype, family: str, enabled: bool) -> None:
         """Switches a family on or off, for this process."""
