@@ -2,6 +2,9 @@
 
 constexpr int kRegisters = kVectorBytes == 64 ? 32 : 16;
 
+template <class T>
+constexpr bool kWholeLines = sizeof(T) * kLanes<acc_t<T>> == 64;  // a vector of outputs is a cache line
+
 // The outputs that one vector of channels computes at a time: as many rows of four as leave registers for the pixels of
 // one input row and a weight.  Every pixel is then loaded once for all the outputs that it belongs to.
 template <int kTaps, int kStep>
@@ -103,8 +106,8 @@ inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, in
 #pragma GCC unroll 8
     for (int q = 0; q < kCols; ++q) {
       T* dst = bytes_on(out, q * out_pixel);
-      if (c.stream)
-        stream<L>(dst, acc[t][q]);
+      if (kWholeLines<T> && c.stream)
+        stream_line(dst, &acc[t][q]);
       else
         store<L>(dst, acc[t][q]);
     }
@@ -140,6 +143,11 @@ void conv_dense(const Conv<acc_t<T>>& args) {
   typedef acc_t<T> A;
   constexpr int kRows = ConvTile<kTaps, kStep>::kRows, kLine = 64 / sizeof(T);
   const Conv<A> c = args;  // a copy, which no store through a pointer can be thought to change
+  // Lines that go past the caches are put together here, where several vectors share one.
+  alignas(64) T lines[kRows][4][kLine];
+  const bool by_lines = !kWholeLines<T> && c.stream;
+  Conv<A> to = args;
+  if (by_lines) to.out_row = 4 * kLine, to.out_pixel = kLine;
   for (int i = 0; i < c.rows; i += kRows) {
     const int rows = kRows < c.rows - i ? kRows : c.rows - i, row = c.in.first_row + i * kStep;
     const int below = row + (rows - 1) * kStep + c.tap_rows;
@@ -159,8 +167,14 @@ void conv_dense(const Conv<acc_t<T>>& args) {
             const ptrdiff_t at = b + 1 < c.blocks ? packed : c.last + v;
             if (packed % kLine == 0) prefetch<T>(c.in, below, kRows * kStep, col, kCols * kStep, at);
             conv_tile<T, kTaps, kStep, kCols, is_square.value, is_border.value>(
-                c, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + packed : nullptr,
-                out + at);
+                to, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + packed : nullptr,
+                by_lines ? lines[0][0] + packed % kLine : out + at);
+            if (by_lines && (packed + kLanes<A>) % kLine == 0) {
+              T* dst = out + at + kLanes<A> - kLine;
+              for (int t = 0; t < rows; ++t) {
+                for (int q = 0; q < kCols; ++q) stream_line(dst + t * c.out_row + q * c.out_pixel, lines[t][q]);
+              }
+            }
           }
         }
       };

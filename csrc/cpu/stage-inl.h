@@ -159,16 +159,12 @@ void stage_nchw(const Stage<acc_t<T>>& s) {
 
 // Copies past the caches, except for the cache lines that the copy shares with its neighbours.
 inline void copy_streaming(char* dst, const char* src, ptrdiff_t bytes) {
-#if defined(__AVX512F__)
   ptrdiff_t i = -static_cast<ptrdiff_t>(reinterpret_cast<uintptr_t>(dst) & 63) & 63;
   if (i + 64 <= bytes) {
     __builtin_memcpy(dst, src, i);
-    for (; i + 64 <= bytes; i += 64) {
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(dst + i), _mm512_loadu_si512(src + i));
-    }
+    for (; i + 64 <= bytes; i += 64) stream_line(dst + i, src + i);
     dst += i, src += i, bytes -= i;
   }
-#endif
   __builtin_memcpy(dst, src, bytes);
 }
 

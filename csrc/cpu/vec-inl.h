@@ -135,17 +135,22 @@ inline A sum(vec<A, L> v) {
   }
 }
 
-// Past the caches, for outputs that would not stay in them: a line that is written whole need not be read first.
-// `p` is aligned to the vector.  Such stores are ordered by finish_streaming alone.
-template <int L, class T>
-inline void stream(T* p, vec<acc_t<T>, L> value) {
+// A cache line past the caches, for outputs that would not stay in them: a line that is written whole need not be read
+// first, if all of it is written at once.  `dst` is aligned to it.  Such stores are ordered by finish_streaming alone.
+inline void stream_line(void* dst, const void* src) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) * L == 64) return _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)value);
+  _mm512_stream_si512(static_cast<__m512i*>(dst), _mm512_loadu_si512(src));
+#elif defined(__AVX2__)
+  const __m256i* from = static_cast<const __m256i*>(src);
+  const __m256i low = _mm256_loadu_si256(from), high = _mm256_loadu_si256(from + 1);
+  _mm256_stream_si256(static_cast<__m256i*>(dst), low);
+  _mm256_stream_si256(static_cast<__m256i*>(dst) + 1, high);
+#else
+  __builtin_memcpy(dst, src, 64);
 #endif
-  store<L>(p, value);
 }
 inline void finish_streaming() {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   _mm_sfence();
 #endif
 }
