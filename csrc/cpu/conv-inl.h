@@ -142,12 +142,14 @@ template <class T, int kTaps, int kStep>
 void conv_dense(const Conv<acc_t<T>>& args) {
   typedef acc_t<T> A;
   constexpr int kRows = ConvTile<kTaps, kStep>::kRows, kLine = 64 / sizeof(T);
-  const Conv<A> c = args;  // a copy, which no store through a pointer can be thought to change
   // Lines that go past the caches are put together here, where several vectors share one.
   alignas(64) T lines[kRows][4][kLine];
-  const bool by_lines = !kWholeLines<T> && c.stream;
-  Conv<A> to = args;
-  if (by_lines) to.out_row = 4 * kLine, to.out_pixel = kLine;
+  const bool by_lines = !kWholeLines<T> && args.stream;
+  const auto c = [&] {  // a copy, which no store through a pointer can be thought to change
+    Conv<A> copy = args;
+    if (by_lines) copy.out_row = 4 * kLine, copy.out_pixel = kLine;
+    return copy;
+  }();
   for (int i = 0; i < c.rows; i += kRows) {
     const int rows = kRows < c.rows - i ? kRows : c.rows - i, row = c.in.first_row + i * kStep;
     const int below = row + (rows - 1) * kStep + c.tap_rows;
@@ -158,7 +160,7 @@ void conv_dense(const Conv<acc_t<T>>& args) {
       const int col = c.in.first_col + j * kStep;
       const bool border = kAtBorder || col < 0 || col + (kCols - 1) * kStep + kTaps > c.in.cols;
       const T* in = static_cast<const T*>(c.in.data) + row * c.in.row + col * c.in.pixel;
-      T* out = static_cast<T*>(c.out) + i * c.out_row + j * c.out_pixel;
+      T* out = static_cast<T*>(c.out) + i * args.out_row + j * args.out_pixel;
       const auto channels = [&](auto is_square, auto is_border) {
         // Channels innermost: memory is walked in order.
         for (int b = 0; b < c.blocks; ++b) {
@@ -167,12 +169,12 @@ void conv_dense(const Conv<acc_t<T>>& args) {
             const ptrdiff_t at = b + 1 < c.blocks ? packed : c.last + v;
             if (packed % kLine == 0) prefetch<T>(c.in, below, kRows * kStep, col, kCols * kStep, at);
             conv_tile<T, kTaps, kStep, kCols, is_square.value, is_border.value>(
-                to, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + packed : nullptr,
+                c, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + packed : nullptr,
                 by_lines ? lines[0][0] + packed % kLine : out + at);
             if (by_lines && (packed + kLanes<A>) % kLine == 0) {
               T* dst = out + at + kLanes<A> - kLine;
               for (int t = 0; t < rows; ++t) {
-                for (int q = 0; q < kCols; ++q) stream_line(dst + t * c.out_row + q * c.out_pixel, lines[t][q]);
+                for (int q = 0; q < kCols; ++q) stream_line(dst + t * args.out_row + q * args.out_pixel, lines[t][q]);
               }
             }
           }
