@@ -67,8 +67,7 @@ inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, in
       if (kBorder && !inside(col + k, c.in.cols))
         pixel[k] = vec<A, L>{};
       else
-        pixel[k] = load<L>(bytes_on(x, k * x_pixel));
-      keep_in_register(pixel[k]);
+        pixel[k] = in_register(load<L>(bytes_on(x, k * x_pixel)));
     }
 #pragma GCC unroll 8
     for (int t = 0; t < kRows; ++t) {
@@ -76,8 +75,7 @@ inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, in
       if (!inside(r, tap_rows) || t >= rows) continue;
 #pragma GCC unroll 8
       for (int s = 0; s < kTaps; ++s) {
-        vec<A, L> weight = load<L>(w + (r * kTaps + s) * kBlock<A>);
-        keep_in_register(weight);
+        const vec<A, L> weight = in_register(load<L>(w + (r * kTaps + s) * kBlock<A>));
 #pragma GCC unroll 8
         for (int q = 0; q < kCols; ++q) acc[t][q] += pixel[q * kStep + s] * weight;
       }

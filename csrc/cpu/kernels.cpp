@@ -68,12 +68,13 @@ inline bool inside(int i, int extent) { return static_cast<unsigned>(i) < static
 
 // A value used by several multiply-adds stays in its register: left alone, GCC loads it anew for each of them.
 template <class V>
-inline void keep_in_register(V& v) {
+inline V in_register(V v) {
 #if defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__x86_64__)
   if constexpr (sizeof(V) <= kVectorBytes) asm("" : "+x"(v));
 #endif
+  return v;
 }
 
 #include "stage-inl.h"

@@ -31,10 +31,9 @@ inline void wgrad_tile(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_
 #pragma GCC unroll 8
       for (int q = 0; q < kCols; ++q) {
         if (i + t < g.rows && q < cols)
-          d[t][q] = load<L>(bytes_on(dy, q * dy_pixel));
+          d[t][q] = in_register(load<L>(bytes_on(dy, q * dy_pixel)));
         else
           d[t][q] = vec<A, L>{};
-        keep_in_register(d[t][q]);
       }
       dy = bytes_on(dy, dy_row);
     }
@@ -53,8 +52,7 @@ inline void wgrad_tile(const Wgrad<acc_t<T>>& g, int first, int i, int j, int j_
         if (border && !inside(col + k, x.cols))
           pixel = vec<A, L>{};
         else
-          pixel = load<L>(bytes_on(pixels, k * x_pixel));
-        keep_in_register(pixel);
+          pixel = in_register(load<L>(bytes_on(pixels, k * x_pixel)));
 #pragma GCC unroll 8
         for (int t = 0; t < kRows; ++t) {
           const int r = h - t * kStep;
