@@ -80,6 +80,68 @@ def test_specialised_kernels(name, dtype, layout, cuda):
         assert_no_worse_than_torch(ours, theirs[i], truth[i], f"{what} of {name} in {dtype}, {layout}")
 
 
+TMA = "depthwise_fprop_nhwc_tma"
+
+
+@pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
+@pytest.mark.parametrize("name", [*sorted(SPECIALISED), "1x1_image", "several_chunks_and_tiles"])
+def test_bulk_copies(name, dtype, cuda):
+    others = {"1x1_image": square(16, 1, 1, 3), "several_chunks_and_tiles": square(200, 6, 70, 3, N=2)}
+    case = {**SPECIALISED, **others}[name]
+    x, w, bias, dy = tensors(case, dtype, torch.channels_last, cuda.device)
+    p, family = problem(case, x, True), cuda.only(TMA)
+    if cuda.name == "cuda" and cuda.card(0).arch < 90:
+        pytest.skip("the card has no bulk copies")
+    if case.dilation != (1, 1):
+        with pytest.raises(ValueError, match="the dilation is not 1"):
+            family.kernel(p)
+        return
+    if name == "1x1_image":  # contiguous() leaves it with other strides
+        x, dy = (torch.empty_like(t, memory_format=torch.channels_last).copy_(t) for t in (x, dy))
+    truth = rounded(true_results(case, x, w, bias, dy), cuda.device)
+    theirs = torch_results(case, x, w, bias, dy)
+    assert_no_worse_than_torch(family.fprop(p, x, w, bias), theirs[0], truth[0], f"fprop of {name} in {dtype}")
+    if case.stride == (1, 1):
+        assert_no_worse_than_torch(family.dgrad(p, dy, w), theirs[1], truth[1], f"dgrad of {name} in {dtype}")
+    else:
+        with pytest.raises(ValueError, match="not fprop, nor dgrad with stride 1"):
+            family.dgrad(p, dy, w)
+
+
+def test_bulk_copies_take_slices_that_are_aligned(cuda):
+    if cuda.name == "cuda" and cuda.card(0).arch < 90:
+        pytest.skip("the card has no bulk copies")
+    case = square(16, 9, 10, 3)
+    x, w, bias, _ = tensors(case, torch.float16, torch.channels_last, cuda.device)
+    p, family = problem(case, x, True), cuda.only(TMA)
+    expected = family.fprop(p, x, w, bias)
+    larger = x.new_full((2, 32, 11, 13), torch.nan).contiguous(memory_format=torch.channels_last)
+    for first in (8, 4):
+        inside = larger[:, first : first + 16, 1:10, 2:12]
+        inside.copy_(x)
+        if first == 8:
+            assert torch.equal(family.fprop(p, inside, w, bias), expected)
+        else:
+            with pytest.raises(ValueError, match="not aligned to 16 bytes"):
+                family.fprop(p, inside, w, bias)
+    relu = torch.zeros(16, device=cuda.device), *[torch.ones(16, device=cuda.device)] * 2, True
+    with pytest.raises(ValueError, match="no function on load"):
+        family.fprop(p, x, w, bias, relu)
+
+
+def test_bulk_copies_are_off_until_the_selftest_has_passed(no_verdicts, emulator):
+    case = square(16, 9, 10, 3)
+    p = problem(case, tensors(case, torch.float32, torch.channels_last, "cpu")[0], True)
+    assert EMULATED.families_off_at_first(torch.float32) == [TMA]
+    assert EMULATED.why_not_families(p, 0)[TMA] == "is switched off" and EMULATED.kernel(p) == "depthwise_fprop_nhwc"
+    try:
+        selftest.record(EMULATED, torch.float32, 0, [])
+        selftest.ensure(EMULATED, torch.float32, 0)
+        assert EMULATED.kernel(p) == TMA
+    finally:
+        EMULATED.set_enabled(torch.float32, TMA, False)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("offset", [1, 2, 4, 8])
 def test_slices_that_begin_anywhere(offset, layout, cuda):
@@ -134,29 +196,33 @@ def test_a_named_family_runs_or_says_why_not(cuda):
         cuda.only("depthwise_fprop_nchw").fprop(p, x, w, None)
     with pytest.raises(ValueError, match="no kernel family 'fast'"):
         cuda.only("fast").fprop(p, x, w, None)
-    reasons = cuda.why_not_families(p, 0)
-    assert reasons["depthwise_fprop_nhwc"] == "" and reasons["depthwise_generic"] == "comes after depthwise_fprop_nhwc"
+    reasons, chosen = cuda.why_not_families(p, 0), cuda.kernel(p)
+    assert chosen in (TMA, "depthwise_fprop_nhwc")
+    assert reasons[chosen] == "" and reasons["depthwise_generic"] == f"comes after {chosen}"
 
 
 def test_a_family_is_switched_off(cuda):
     case = square(16, 9, 10, 3)
     x, w, _, _ = tensors(case, torch.float32, torch.channels_last, cuda.device)
     p = problem(case, x, True)
+    chosen = cuda.kernel(p)
+    enabled = [name for name, why in cuda.why_not_families(p, 0).items() if why != "is switched off"]
     try:
-        cuda.set_enabled(torch.float32, "depthwise_fprop_nhwc", False)
+        for family in {"depthwise_fprop_nhwc", chosen}:
+            cuda.set_enabled(torch.float32, family, False)
         assert cuda.kernel(p) == "depthwise_generic"
         assert cuda.why_not_families(p, 0)["depthwise_fprop_nhwc"] == "is switched off"
         ops.fprop(x, w, None, *case.geometry)
         cuda.set_enabled(torch.float32, "depthwise_generic", False)
         with pytest.raises(RuntimeError, match="is forced but cannot run.*fprop.*depthwise_generic is switched off"):
             ops.fprop(x, w, None, *case.geometry)
-        assert cuda.kernel(p._replace(dtype=torch.float16)) == "depthwise_fprop_nhwc"  # of this dtype alone
+        assert cuda.kernel(p._replace(dtype=torch.float16)).startswith("depthwise_fprop_nhwc")  # of this dtype alone
     finally:
-        for family in cuda.families(torch.float32):
+        for family in enabled:
             cuda.set_enabled(torch.float32, family, True)
     with pytest.raises(ValueError, match="no kernel family 'fast'"):
         cuda.set_enabled(torch.float32, "fast", False)
-    assert cuda.kernel(p) == "depthwise_fprop_nhwc"
+    assert cuda.kernel(p) == chosen
 
 
 @pytest.fixture
@@ -231,7 +297,7 @@ def test_selftest_passes(cuda, no_verdicts, capsys):
     assert selftest.main(["--backend", cuda.name]) == 0
     lines = [line.replace(" (", "(").split() for line in capsys.readouterr().out.splitlines()]
     cells = {tuple(line[:2]): line[2:] for line in lines if len(line) > 2 and line[1].startswith("depthwise_")}
-    assert len(cells) == 3 * 5 + 1 and all("-" not in row for (_, name), row in cells.items() if "generic" in name)
+    assert len(cells) == 3 * 6 + 1 and all("-" not in row for (_, name), row in cells.items() if "generic" in name)
     assert "-" not in [row[0] for (_, name), row in cells.items() if "fprop" in name]
     assert "-" not in [cell for (_, name), row in cells.items() if "backward" in name for cell in row[-2:]]
 

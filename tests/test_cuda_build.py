@@ -18,6 +18,7 @@ EVERYTHING = os.environ.get("XSEP_ALL_ARCHITECTURES") == "1"
 # Registers per thread: with 3x3, 5x5 and 7x7 filters where the filter is a parameter of the kernel, or with any.
 BUDGET = {
     "depthwise_fprop_nhwc_kernel": {3: 168, 5: 168, 7: 255},
+    "depthwise_fprop_nhwc_tma_kernel": {3: 128, 5: 128, 7: 255},
     "depthwise_backward_nhwc_kernel": {3: 168, 5: 168, 7: 255},
     "depthwise_fprop_nchw_kernel": {3: 64, 5: 96, 7: 128},
     "depthwise_backward_nchw_kernel": {3: 128, 5: 128, 7: 255},

@@ -224,7 +224,7 @@ def is_known(backend: CudaBackend, dtype: torch.dtype, card: int) -> bool:
 
 
 def ensure(backend: CudaBackend, dtype: torch.dtype, card: int) -> None:
-    """Sees to it that only kernels that passed are enabled, by running them if no verdict is known."""
+    """Sees to it that the kernels that passed are enabled and no others, by running them if no verdict is known."""
     key = backend.name, dtype, card
     if key in _ensured or os.environ.get("XSEP_SKIP_SELFTEST") == "1":
         return
@@ -239,6 +239,8 @@ def ensure(backend: CudaBackend, dtype: torch.dtype, card: int) -> None:
         _ensured.add(key)
     for family in failed:
         backend.set_enabled(dtype, family, False)
+    for family in set(backend.families_off_at_first(dtype)).difference(failed):
+        backend.set_enabled(dtype, family, True)
     if failed:
         warnings.warn(
             f"xsep switches {', '.join(failed)} off for {dtype}: failed in the self-test on "

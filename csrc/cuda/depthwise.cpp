@@ -10,6 +10,8 @@ namespace xsep::cuda {
 template <class T>
 Kernel depthwise_fprop_nhwc();
 template <class T>
+Kernel depthwise_fprop_nhwc_tma();
+template <class T>
 Kernel depthwise_backward_nhwc();
 template <class T>
 Kernel depthwise_fprop_nchw();
@@ -25,14 +27,23 @@ std::vector<Kernel> families() {
   if constexpr (std::is_same_v<T, double>) {
     return {depthwise_generic<T>()};
   } else {
-    return {depthwise_fprop_nhwc<T>(), depthwise_backward_nhwc<T>(), depthwise_fprop_nchw<T>(),
-            depthwise_backward_nchw<T>(), depthwise_generic<T>()};
+    return {depthwise_fprop_nhwc_tma<T>(), depthwise_fprop_nhwc<T>(),    depthwise_backward_nhwc<T>(),
+            depthwise_fprop_nchw<T>(),     depthwise_backward_nchw<T>(), depthwise_generic<T>()};
   }
+}
+
+uint32_t off_at_first(Dtype dtype) {
+  uint32_t bits = 0;
+  for (size_t i = 0; i < kernels(dtype).size(); ++i) bits |= uint32_t{kernels(dtype)[i].off_at_first} << i;
+  return bits;
 }
 
 // A bit for each family of an element type that is switched off.
 std::atomic<uint32_t>& disabled(Dtype dtype) {
-  static std::atomic<uint32_t> bits[4] = {};
+  static std::atomic<uint32_t> bits[4] = {{off_at_first(static_cast<Dtype>(0))},
+                                          {off_at_first(static_cast<Dtype>(1))},
+                                          {off_at_first(static_cast<Dtype>(2))},
+                                          {off_at_first(static_cast<Dtype>(3))}};
   return bits[static_cast<int>(dtype)];
 }
 

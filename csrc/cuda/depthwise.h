@@ -24,6 +24,7 @@ struct Kernel {
   std::string (*why_not)(const DepthwiseArgs&, const Device&);  // empty: it takes the call
   int64_t (*workspace_bytes)(const DepthwiseArgs&, const Device&);
   cudaError_t (*run)(const DepthwiseArgs&, const Device&, cudaStream_t);
+  bool off_at_first = false;  // until the self-test has passed on the card
 };
 
 // The families of an element type, in order of preference.
@@ -32,7 +33,8 @@ const std::vector<Kernel>& kernels(Dtype dtype);
 // The first that takes the call and is enabled, or null.
 const Kernel* choose(const DepthwiseArgs& args, const Device& device);
 
-// A family that failed its self-test is switched off for the process, one type at a time.
+// A family that failed its self-test is switched off for the process, one type at a time; one that has to pass it
+// first is switched on.
 void set_enabled(Dtype dtype, const std::string& name, bool enabled);
 
 }  // namespace xsep::cuda

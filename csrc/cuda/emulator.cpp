@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -217,6 +218,61 @@ class Machine {
     threads_[current_].copies.push_back(copy);
   }
 
+  void tma_init(uint64_t* barrier, const Site& site) {
+    check_barrier(barrier, site);
+    tma_barriers_[barrier] = {};
+  }
+
+  // The copy takes place when the first thread waits for it: until then its destination is NaN.
+  void tma_load(void* shared, const Box& box, uint64_t* barrier, int bytes, const Site& site) {
+    TmaBarrier& state = known_barrier(barrier, site);
+    const auto to = reinterpret_cast<uintptr_t>(shared);
+    const int64_t row_bytes = box.size[0] * box.element_bytes, box_bytes = row_bytes * box.size[1];
+    const auto require = [&](bool holds, const std::string& what) {
+      if (!holds) fail("tma_load() " + what, site);
+    };
+    require(!state.to, "to a barrier whose last box nobody has waited for");
+    require(to - block.shared + box_bytes <= block.shared_bytes && to >= block.shared, "beyond shared memory");
+    require(to % 128 == 0, "to what is not aligned to 128 bytes");
+    require(row_bytes % 16 == 0, "of a box whose channels are not a multiple of 16 bytes");
+    require(box.size[0] > 0 && box.size[0] <= 256 && box.size[1] > 0 && box.size[1] <= 256,
+            "of a box of more than 256 elements along an axis");
+    require(reinterpret_cast<uintptr_t>(box.data) % 16 == 0, "of a tensor that is not aligned to 16 bytes");
+    for (int i = 0; i < 4; ++i) {
+      require(i == 0 || box.strides[i] % 16 == 0, "of a tensor whose strides are not multiples of 16 bytes");
+      require(box.extents[i] > 0, "of an empty tensor");
+    }
+    require(bytes == box_bytes, "that expects " + std::to_string(bytes) + " bytes, of a box of " +
+                                    std::to_string(box_bytes) + ": who waits for it would do so for ever");
+    std::memset(shared, 0xff, box_bytes);
+    state.to = static_cast<unsigned char*>(shared);
+    state.box = box;
+  }
+
+  void tma_wait(uint64_t* barrier, int parity, const Site& site) {
+    TmaBarrier& state = known_barrier(barrier, site);
+    if (parity != state.boxes % 2) return;  // that one is there
+    if (!state.to) fail("tma_wait() for a box that nobody has asked for", site);
+    const Box& b = state.box;
+    const auto inside = [&](int axis, int64_t i) {
+      return b.from[axis] + i >= 0 && b.from[axis] + i < b.extents[axis];
+    };
+    const bool row_exists = inside(2, 0) && inside(3, 0);
+    for (int w = 0; w < b.size[1]; ++w) {
+      for (int c = 0; c < b.size[0]; ++c, state.to += b.element_bytes) {
+        if (!row_exists || !inside(1, w) || !inside(0, c)) {
+          std::memset(state.to, 0, b.element_bytes);
+          continue;
+        }
+        int64_t at = (b.from[0] + c) * b.strides[0] + (b.from[1] + w) * b.strides[1];
+        at += b.from[2] * b.strides[2] + b.from[3] * b.strides[3];
+        std::memcpy(state.to, static_cast<const unsigned char*>(b.data) + at, b.element_bytes);
+      }
+    }
+    state.to = nullptr;
+    ++state.boxes;
+  }
+
   void copies_done() {
     for (const Copy& copy : threads_[current_].copies) std::memcpy(copy.to, copy.data, copy.bytes);
     threads_[current_].copies.clear();
@@ -224,6 +280,23 @@ class Machine {
 
  private:
   enum class Order { kAscending, kDescending, kShuffled };
+
+  struct TmaBarrier {
+    int64_t boxes = 0;            // that have arrived
+    unsigned char* to = nullptr;  // of the one that is under way
+    Box box;
+  };
+
+  void check_barrier(uint64_t* barrier, const Site& site) {
+    const auto at = reinterpret_cast<uintptr_t>(barrier);
+    if (at - block.shared >= block.shared_bytes) fail("a barrier for boxes that is not in shared memory", site);
+    if (at % 8 != 0) fail("a misaligned barrier for boxes", site);
+  }
+  TmaBarrier& known_barrier(uint64_t* barrier, const Site& site) {
+    const auto found = tma_barriers_.find(barrier);
+    if (found == tma_barriers_.end()) fail("a barrier for boxes that nobody has made ready", site);
+    return found->second;
+  }
 
   void check_limits() {
     const auto require = [&](bool fits, const char* what, const dim3& got) {
@@ -266,6 +339,7 @@ class Machine {
     std::fill(states_.begin(), states_.end(), State::kNew);
     std::fill(waiting_.begin(), waiting_.end(), 0);
     returned_ = 0;
+    tma_barriers_.clear();
     start_round();
     while (returned_ < size_ && !error_) {
       bool moved = false;
@@ -403,6 +477,7 @@ class Machine {
   std::vector<Fiber*> idle_;
 
   std::vector<Thread> threads_;  // of the block
+  std::map<uint64_t*, TmaBarrier> tma_barriers_;
   std::vector<State> states_;
   std::vector<unsigned> waiting_;  // lanes of each warp
   std::vector<int> sequence_;      // the order of threads
@@ -440,5 +515,10 @@ void copy_async(void* shared, const void* global, int bytes, const Site& site) {
   machine().copy_async(shared, global, bytes, site);
 }
 void copies_done() { machine().copies_done(); }
+void tma_init(uint64_t* barrier, const Site& site) { machine().tma_init(barrier, site); }
+void tma_load(void* shared, const Box& box, uint64_t* barrier, int bytes, const Site& site) {
+  machine().tma_load(shared, box, barrier, bytes, site);
+}
+void tma_wait(uint64_t* barrier, int parity, const Site& site) { machine().tma_wait(barrier, parity, site); }
 
 }  // namespace xsep::cuda::emulator

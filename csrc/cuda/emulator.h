@@ -6,12 +6,14 @@
 //   a missing barrier          shared memory starts as NaN, and a thread runs from barrier to barrier before the next
 //                              one starts, in an order that can be changed: it reads NaN or stale data in some order
 //   a missing copies_done()    the destination of copy_async() is NaN until then
+//   a missing tma_wait()       likewise, of tma_load(); what would wait for ever is an Error, and so is a box that the
+//                              hardware does not take
 //   an access out of bounds    with AddressSanitizer: every access touches its own bytes, shared memory has exactly
 //                              its size
 //   a misaligned access, global access to shared memory, divergent barriers, a lane that a shuffle waits for in vain,
 //   a launch beyond the limits of a device: an Error that says where, thrown by launch()
 //
-// and counts global traffic, see start_counting().
+// and counts global traffic, but for the boxes of tma_load(), see start_counting().
 #pragma once
 
 #include <cmath>
@@ -137,11 +139,21 @@ struct Config {
   const void* arguments;
 };
 
+// What tma_load() copies: in elements, channels first; strides in bytes.
+struct Box {
+  const void* data;
+  int64_t element_bytes, extents[4], strides[4], from[4];
+  int size[2];
+};
+
 void run(const Config& config);
 void check_global(const void* p, int bytes, Direction direction, const Site& site);
 void barrier(const Site& site);
 void copy_async(void* shared, const void* global, int bytes, const Site& site);
 void copies_done();
+void tma_init(uint64_t* barrier, const Site& site);
+void tma_load(void* shared, const Box& box, uint64_t* barrier, int bytes, const Site& site);
+void tma_wait(uint64_t* barrier, int parity, const Site& site);
 
 // Waits for the lanes in mask.  kShuffle: the value of lane source; kVote: the lanes whose value is not zero.
 uint64_t exchange(WarpOp op, unsigned mask, uint64_t value, int source, const Site& site);

@@ -131,6 +131,14 @@ std::vector<std::string> families(Dtype dtype) {
   return names;
 }
 
+std::vector<std::string> families_off_at_first(Dtype dtype) {
+  std::vector<std::string> names;
+  for (const Kernel& kernel : kernels(dtype)) {
+    if (kernel.off_at_first) names.push_back(kernel.name);
+  }
+  return names;
+}
+
 std::vector<std::pair<std::string, std::string>> why_not(const DepthwiseArgs& args, int card) {
   const Kernel* chosen = choose(args, device(card));
   bool after = false;

@@ -31,6 +31,7 @@ std::string why_no_code(int card);
 
 // The names of the families of an element type, in order of preference.
 std::vector<std::string> families(Dtype dtype);
+std::vector<std::string> families_off_at_first(Dtype dtype);
 void set_enabled(Dtype dtype, const std::string& name, bool enabled);
 
 // Each family of the call's element type with the reason why it does not run the call; one has none.

@@ -78,6 +78,10 @@ class CudaBackend(CompiledBackend):
         """The kernel families of a dtype, in order of preference."""
         return self.module.cuda_families(DTYPES[dtype])
 
+    def families_off_at_first(self, dtype: torch.dtype) -> list[str]:
+        """Those that are switched off until they have passed the self-test on the card."""
+        return self.module.cuda_families_off_at_first(DTYPES[dtype])
+
     def why_not_families(self, problem: Problem, pass_: int, address: int = 0) -> dict[str, str]:
         """Each family with the reason why it does not run a pass on tensors at ``address``; the one that does has none.
 
