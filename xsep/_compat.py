@@ -14,7 +14,7 @@ from torch.library import Library
 try:
     from torch.utils import flop_counter
 except ImportError:
-    flop_counter = None
+    flop_counter = None  # type: ignore[assignment]
 
 
 def is_compiling() -> bool:
@@ -74,7 +74,8 @@ def _register_autograd(name: str, backward: Callable, *, setup_context: Callable
         return output
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    lib.impl(short_name, type(short_name, (torch.autograd.Function,), members).apply, "Autograd")
+    function: Any = type(short_name, (torch.autograd.Function,), members)
+    lib.impl(short_name, function.apply, "Autograd")
 
 
 def _register_flop_formula(targets: Any) -> Callable:
