@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import needs
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,9 @@ def dense(sizes, dtype, seed, device="cpu"):
 
 
 def torch_results(case, x, w, bias, dy):
-    """torch's y, dx, dw in the dtype of its inputs."""
+    """torch's y, dx, dw in the dtype of its inputs; where it does not convolve in that, float32's, rounded once."""
+    if not needs.convolves(x.dtype, x.device.type):
+        return tuple(t.to(x.dtype) for t in torch_results(case, *(t.float() for t in (x, w, bias, dy))))
     x, w = x.detach().clone().requires_grad_(), w.detach().clone().requires_grad_()
     top, bottom, left, right = case.pad
     padded = F.pad(x, (left, right, top, bottom))
@@ -81,6 +84,10 @@ def true_results(case, x, w, bias, dy):
             dw[:, 0, r, s] = (padded[tap] * dy).sum((0, 2, 3))
     dx = dpadded[:, :, top : top + case.H, left : left + case.W]
     return y, dx.reshape(case.N, case.C, case.M, case.H, case.W).sum(2), dw
+
+
+def nbytes(t):
+    return t.numel() * t.element_size()
 
 
 def wide(t):

@@ -4,10 +4,10 @@ import os
 import subprocess
 import sys
 
+import needs
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import xsep
 
@@ -97,6 +97,7 @@ def test_bad_tensors_are_named(change, error, message):
         xsep.depthwise_conv2d(*change(x, w))
 
 
+@needs.compiling
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("padding", [1, "tf_same"])
 def test_compile_and_export_with_dynamic_extents(channels_last, padding, backend):
@@ -125,6 +126,7 @@ def test_compile_and_export_with_dynamic_extents(channels_last, padding, backend
         assert torch.equal(exported(other), model(other))
 
 
+@needs.compiling
 def test_inductor(backend):
     x, w, bias = inputs(device=backend.device)
     compiled = torch.compile(lambda x: xsep.depthwise_conv2d(x.relu(), w, bias, padding=1) * 2, fullgraph=True)
@@ -156,6 +158,8 @@ def test_transforms_and_forward_mode():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_follows_the_active_dtype(dtype, backend):
+    if not needs.convolves(dtype, backend.device):
+        pytest.skip(f"torch {torch.__version__} does not convolve {dtype} on the {backend.device}")
     x, w, bias = inputs(device=backend.device)
     for grad in (True, False):
         with torch.autocast(backend.device, dtype):
@@ -164,7 +168,10 @@ def test_autocast_follows_the_active_dtype(dtype, backend):
             assert xsep.depthwise_conv2d(x.double(), w.double(), bias.double()).dtype == torch.float64
 
 
+@needs.flop_counter
 def test_flops():
+    from torch.utils.flop_counter import FlopCounterMode
+
     x, w, _ = inputs()
     forward = 2 * 2 * 8 * 9 * 7 * 9
     with FlopCounterMode(display=False) as counter:

@@ -3,6 +3,7 @@
 import copy
 import io
 
+import needs
 import pytest
 import timm
 import torch
@@ -141,7 +142,11 @@ def quantized():
         (lambda: nn.Conv1d(4, 4, 3, groups=4), "torch.nn.modules.conv.Conv1d may compute"),
         (lambda: nn.ConvTranspose2d(4, 4, 3, groups=4), "ConvTranspose2d may compute"),
         (lambda: Scaled(4, 4, 3, groups=4), "Scaled may compute"),
-        (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=4)), "Parametrized"),
+        pytest.param(
+            lambda: torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, groups=4)),
+            "Parametrized",
+            marks=needs.weight_norm,
+        ),
         (quantized, "quantized"),
         (monkeypatched, "forward was replaced"),
         (lambda: DepthwiseConv2d(4, 4, 3), "already"),

@@ -5,11 +5,12 @@ import io
 import math
 import pickle
 
+import needs
 import pytest
 import torch
 import torch.nn.functional as F
 from gradients import results
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from timm.layers import Conv2dSame
 from torch import nn
@@ -83,7 +84,11 @@ def torch_layer(options):
 def check(ours, theirs, x, what):
     """``theirs`` has the parameters of ``ours`` already, in the same dtype."""
     truth = results(copy.deepcopy(theirs).double(), x.double())
-    for mine, yours, ref in zip(results(ours, x), results(theirs, x), truth):
+    if needs.convolves(x.dtype, x.device.type):
+        torch_results = results(theirs, x)
+    else:  # float32's, rounded once
+        torch_results = [t.to(x.dtype) for t in results(copy.deepcopy(theirs).float(), x.float())]
+    for mine, yours, ref in zip(results(ours, x), torch_results, truth):
         assert mine.dtype == yours.dtype == x.dtype
         assert_no_worse_than_torch(mine, yours, ref, what)
 
@@ -93,6 +98,7 @@ def test_depthwise_agrees_with_torch(backend):
     @given(arguments(), st.sampled_from(DTYPES), st.booleans())
     def check_drawn(drawn, dtype, channels_last):
         options, shape = drawn
+        assume(needs.pads_unbatched_circularly or len(shape) == 4 or options["padding_mode"] != "circular")
         if options["padding_mode"] != "zeros":
             # The gradient of F.pad adds rounded numbers in half precision: luck decides.
             dtype = torch.float32
@@ -211,13 +217,19 @@ def test_memory_format_is_kept(channels_last, backend):
 
 @pytest.mark.parametrize("padding", [1, "tf_same"])
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
-def test_tracing_and_compiling(padding, padding_mode, backend):
+@pytest.mark.parametrize(
+    "translated",
+    [
+        lambda model, x: torch.fx.symbolic_trace(model),
+        pytest.param(lambda model, x: torch.compile(model, backend="aot_eager", fullgraph=True), marks=needs.compiling),
+        pytest.param(lambda model, x: torch.export.export(model, (x,)).module(), marks=needs.compiling),
+    ],
+    ids=["fx", "compile", "export"],
+)
+def test_tracing_and_compiling(translated, padding, padding_mode, backend):
     model = nn.Sequential(SeparableConv2d(4, 6, 3, 2, padding, padding_mode=padding_mode), nn.ReLU())
     model, x = model.to(backend.device), torch.randn(2, 4, 9, 8, device=backend.device)
-    expected = model(x)
-    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
-    assert torch.equal(torch.compile(model, backend="aot_eager", fullgraph=True)(x), expected)
-    assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+    assert torch.equal(translated(model, x)(x), model(x))
 
 
 def test_autocast(backend):

@@ -1,5 +1,6 @@
 """The operators against float64, by the tolerance rule: every dtype, layout, instruction set and kind of shape."""
 
+import needs
 import numpy as np
 import pytest
 import torch
@@ -101,6 +102,7 @@ def test_gradients_of_every_order(stride, layout, backend):
     assert torch.autograd.gradgradcheck(third, (x, w))
 
 
+@needs.opcheck
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("multiplier", [1, 2])
 def test_opcheck(layout, multiplier, backend):

@@ -1,25 +1,91 @@
-"""What differs between the torch versions xsep runs on, and nothing else.  No other module asks for torch's version."""
+"""What differs between the torch versions xsep runs on, and nothing else.  No other module asks for torch's version.
+
+A stand-in takes the place of what torch itself lacks; torch 2.0.1 needs them all.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator
 
 import torch
+from torch.library import Library
 
-_DTYPE_QUERIES: dict[str, Any] = {
-    "cpu": getattr(torch, "get_autocast_cpu_dtype", None),
-    "cuda": getattr(torch, "get_autocast_gpu_dtype", None),
-}
-
-
-def autocast_dtype(device_type: str) -> torch.dtype:
-    """The dtype autocast is casting to on this device type (torch >= 2.4 has one query for all of them)."""
-    if hasattr(torch, "get_autocast_dtype"):
-        return torch.get_autocast_dtype(device_type)
-    return _DTYPE_QUERIES[device_type]()
+try:
+    from torch.utils import flop_counter
+except ImportError:
+    flop_counter = None  # type: ignore[assignment]
 
 
 def is_compiling() -> bool:
     """Whether ``torch.compile`` or ``torch.export`` is tracing the caller."""
     compiler = getattr(torch, "compiler", None)
     return compiler is not None and compiler.is_compiling()
+
+
+def fills_memory() -> bool:
+    """Whether torch was told to fill new tensors with NaN."""
+    deterministic = getattr(torch.utils, "deterministic", None)
+    return torch.are_deterministic_algorithms_enabled() and getattr(deterministic, "fill_uninitialized_memory", False)
+
+
+def itemsize(dtype: torch.dtype) -> int:
+    """The bytes of a floating-point number."""
+    return dtype.itemsize if hasattr(dtype, "itemsize") else torch.finfo(dtype).bits // 8
+
+
+@contextmanager
+def _disable_autocast() -> Iterator[None]:
+    guard = torch._C._DisableAutocast()  # it lasts as long as the object
+    try:
+        yield
+    finally:
+        del guard
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype:
+    return torch.get_autocast_cpu_dtype() if device_type == "cpu" else torch.get_autocast_gpu_dtype()
+
+
+def _is_autocast_enabled(device_type: str) -> bool:
+    if device_type == "cpu":
+        return torch.is_autocast_cpu_enabled()
+    return device_type == "cuda" and torch.is_autocast_enabled()
+
+
+def _register_fake(name: str, *, lib: Library) -> Callable:
+    def register(fake: Callable) -> None:
+        lib.impl(name.split("::")[1], fake, "Meta")
+
+    return register
+
+
+def _register_autograd(name: str, backward: Callable, *, setup_context: Callable, lib: Library) -> None:
+    namespace, short_name = name.split("::")
+    operator = getattr(getattr(torch.ops, namespace), short_name)
+
+    def forward(ctx, *inputs):
+        guard = torch._C._AutoDispatchBelowAutograd()
+        try:
+            output = operator(*inputs)
+        finally:
+            del guard
+        setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(short_name, (torch.autograd.Function,), members)
+    lib.impl(short_name, function.apply, "Autograd")
+
+
+def _register_flop_formula(targets: Any) -> Callable:
+    return lambda formula: formula  # nothing counts
+
+
+_has_queries = hasattr(torch, "get_autocast_dtype")
+autocast_dtype = torch.get_autocast_dtype if _has_queries else _autocast_dtype
+is_autocast_enabled = torch.is_autocast_enabled if _has_queries else _is_autocast_enabled
+disable_autocast = torch._C._DisableAutocast if _has_queries else _disable_autocast
+register_fake = getattr(torch.library, "register_fake", _register_fake)
+register_autograd = getattr(torch.library, "register_autograd", _register_autograd)
+register_flop_formula = getattr(flop_counter, "register_flop_formula", _register_flop_formula)

@@ -67,9 +67,8 @@ void bind_cuda(py::module_& m) {
       "cuda_families", [](int dtype) { return cuda::families(static_cast<Dtype>(dtype)); }, py::arg("dtype"),
       "Names of the kernel families of an element type, in order of preference.");
   m.def(
-      "cuda_families_off_at_first",
-      [](int dtype) { return cuda::families_off_at_first(static_cast<Dtype>(dtype)); }, py::arg("dtype"),
-      "Those that are switched off until the self-test has passed.");
+      "cuda_families_off_at_first", [](int dtype) { return cuda::families_off_at_first(static_cast<Dtype>(dtype)); },
+      py::arg("dtype"), "Those that are switched off until the self-test has passed.");
   m.def(
       "cuda_set_enabled",
       [](int dtype, const std::string& family, bool enabled) {

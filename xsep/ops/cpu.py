@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from .._compat import fills_memory, itemsize
 from .compiled import CHECKOUT, DTYPES, FPROP, CompiledBackend, arguments, load, prepared
 from .problem import Problem
 
@@ -32,11 +33,11 @@ class CpuBackend(CompiledBackend):
         return None
 
     def _empty(self, sizes, p: Problem, like: Tensor) -> Tensor:
-        numel = math.prod(sizes)
-        if numel * p.dtype.itemsize < _RECYCLED_BYTES or not _C.recycles() or _fills_memory():
+        size = math.prod(sizes) * itemsize(p.dtype)
+        if size < _RECYCLED_BYTES or not _C.recycles() or fills_memory():
             return torch.empty(sizes, dtype=p.dtype, memory_format=p.memory_format)
         N, C, H, W = sizes
-        flat = from_dlpack(_C.recycled(numel * p.dtype.itemsize)).view(p.dtype)
+        flat = from_dlpack(_C.recycled(size)).view(p.dtype)
         return flat.view(N, H, W, C).permute(0, 3, 1, 2) if p.nhwc else flat.view(N, C, H, W)
 
     def _run(self, pass_: int, p: Problem, out: Tensor, tensors: tuple, relu: bool | None) -> None:
@@ -70,11 +71,6 @@ def _workspace(size: int) -> Tensor:
     if held is None or held.numel() < size:
         held = _held.workspace = torch.empty(size, dtype=torch.uint8)
     return held
-
-
-def _fills_memory() -> bool:
-    """Whether torch was told to fill new tensors with NaN."""
-    return torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
 def empty_cache() -> None:

@@ -13,6 +13,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+from .._compat import itemsize
 from .compiled import CHECKOUT, DTYPES, FPROP, PASSES, CompiledBackend, load, prepared
 from .problem import Problem
 
@@ -106,7 +107,7 @@ class CudaBackend(CompiledBackend):
     def _why_no_family(self, problem: Problem) -> str | None:
         """Why some pass would have no kernel, for slices that begin anywhere."""
         for pass_, name in enumerate(PASSES):
-            reasons = self.why_not_families(problem, pass_, problem.dtype.itemsize)
+            reasons = self.why_not_families(problem, pass_, itemsize(problem.dtype))
             if "" not in reasons.values():
                 return f"no kernel takes {name}: " + "; ".join(f"{key} {reason}" for key, reason in reasons.items())
         return None

@@ -15,10 +15,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import Library, register_autograd, register_fake
-from torch.utils.flop_counter import register_flop_formula
+from torch.library import Library
 
-from .._compat import autocast_dtype, is_compiling
+from .._compat import (
+    autocast_dtype,
+    disable_autocast,
+    is_autocast_enabled,
+    is_compiling,
+    register_autograd,
+    register_fake,
+    register_flop_formula,
+)
 from . import backends
 from .problem import Problem, check_same, check_sizes, is_nhwc, memory_format
 
@@ -110,7 +117,7 @@ def _watched(*arguments) -> bool:
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch._C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled(arguments[0].device.type)
+        or is_autocast_enabled(arguments[0].device.type)
         or torch._C._autograd._profiler_enabled()
     )
 
@@ -217,8 +224,6 @@ register_autograd("xsep::dgrad_wgrad", _dgrad_wgrad_backward, setup_context=_kee
 
 def _register_autocast(device_type: str) -> None:
     # torch.library.register_autocast fixes one dtype; this follows the active one, and like torch leaves float64 alone.
-    key = getattr(torch._C.DispatchKey, "Autocast" + device_type.upper())
-    keyset = torch._C.DispatchKeySet(key)
 
     def kernel(x, w, bias, stride, pad, dilation):
         dtype = autocast_dtype(device_type)
@@ -226,10 +231,10 @@ def _register_autocast(device_type: str) -> None:
         def cast(t):
             return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
 
-        with torch._C._ExcludeDispatchKeyGuard(keyset):
+        with disable_autocast():
             return ops.fprop(cast(x), cast(w), cast(bias), stride, pad, dilation)
 
-    lib.impl("fprop", kernel, key.name)
+    lib.impl("fprop", kernel, "Autocast" + device_type.upper())
 
 
 _register_autocast("cpu")
