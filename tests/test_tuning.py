@@ -65,7 +65,7 @@ def test_the_fastest_runs(times, fastest, timed):
 
 def test_every_pass_of_every_problem_is_timed_once(timed):
     p, backend = problem(), timed(3, 2, 1)
-    for count, p in ((4, problem()), (4, problem()), (8, problem(N=3)), (12, problem(dtype=torch.float16))):
+    for count, p in ((4, problem()), (4, problem()), (8, problem(N=3)), (12, problem(dtype=torch.bfloat16))):
         x, w, dy = tensors(p)
         found = [backend.fprop(p, x, w, None), backend.dgrad(p, dy, w), backend.wgrad(p, dy, x)]
         found += backend.dgrad_wgrad(p, dy, x, w)
