@@ -1,4 +1,4 @@
-"""The CUDA sources as units of compilation, and what ``ptxas -v`` says of their kernels: for scripts and tests."""
+"""The CUDA sources as units of compilation, their PTX, and what ``ptxas -v`` says of them: for scripts and tests."""
 
 from __future__ import annotations
 
@@ -62,18 +62,23 @@ class CompileError(Exception):
 
 
 ENTRY = re.compile(
-    r"Compiling entry function '\w*?([a-z_]+_kernel)I(\w*)'.*\n"
+    r"Compiling entry function '(\w+)'.*\n"
     r"(?:.*\n)*?.*\b(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
     r"(?:.*\n)*?.*Used (\d+) registers"
 )
 
 
+def kernel(symbol: str) -> tuple[str, tuple[int, ...]]:
+    """The family of a kernel and the constants among its template arguments, from its mangled name."""
+    family, arguments = re.fullmatch(r"\w*?([a-z_]+_kernel)I(\w*)", symbol).groups()
+    return family, tuple(int(n) for n in re.findall(r"L[ib](\d+)E", arguments))
+
+
 def usage(said: str) -> list[Usage]:
     """From what ``ptxas -v`` said: every kernel of a unit."""
     found = []
-    for family, mangled, stack, stores, loads, registers in ENTRY.findall(said):
-        constants = tuple(int(n) for n in re.findall(r"L[ib](\d+)E", mangled))
-        found.append(Usage(family, constants, int(registers), int(stack), int(stores), int(loads)))
+    for symbol, stack, stores, loads, registers in ENTRY.findall(said):
+        found.append(Usage(*kernel(symbol), int(registers), int(stack), int(stores), int(loads)))
     if not found or len(found) != said.count("Compiling entry function"):
         raise CompileError(f"ptxas -v in a form that is not understood:\n{said}")
     return found
@@ -90,12 +95,21 @@ def run(*command: str | Path) -> str:
 class Compiled(NamedTuple):
     kernels: list[Usage]
     seconds: float
+    cubin: Path
 
 
 def compile_unit(nvcc: str, unit: Unit, architecture: str, folder: Path) -> Compiled:
     """By nvcc, into a file in ``folder``."""
     begin = time.perf_counter()
     out = folder / re.sub(r"\W+", "_", f"{unit} {architecture}")
-    flags = ["-std=c++17", "-O3", f"-arch={architecture}", f"-DXSEP_T={unit.dtype}", "-cubin", "-Xptxas", "-v"]
-    said = run(nvcc, *flags, "-I", CSRC, unit.source, "-o", out)
-    return Compiled(usage(said), time.perf_counter() - begin)
+    said = run(*_command(nvcc, unit, architecture), "-cubin", "-Xptxas", "-v", "-o", out)
+    return Compiled(usage(said), time.perf_counter() - begin, out)
+
+
+def ptx(nvcc: str, unit: Unit, architecture: str) -> str:
+    return run(*_command(nvcc, unit, architecture), "-ptx", "-o", "-")
+
+
+def _command(nvcc: str, unit: Unit, architecture: str) -> list[str | Path]:
+    flags = ["-std=c++17", "-O3", f"-arch={architecture}", f"-DXSEP_T={unit.dtype}"]
+    return [nvcc, *flags, "-I", CSRC, unit.source]

@@ -17,14 +17,23 @@ def cmake(name):
     return str(beside) if beside.exists() else shutil.which(name)
 
 
+def build(source, folder, *options, target="all"):
+    for command in (
+        [cmake("cmake"), "-G", "Ninja", "-S", str(source), "-B", str(folder), "-DXSEP_EMULATE_CUDA=ON", *options],
+        [cmake("cmake"), "--build", str(folder), "--target", target],
+    ):
+        run(*command)
+
+
+def run(*command):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for ninja
+    done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize("options", [[], ["-DXSEP_SANITIZE=ON"]], ids=["plain", "sanitized"])
 def test_cpp(options, tmp_path):
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for ninja
-    for command in (
-        [cmake("cmake"), "-G", "Ninja", "-S", str(ROOT), "-B", str(tmp_path), "-DXSEP_EMULATE_CUDA=ON", *options],
-        [cmake("cmake"), "--build", str(tmp_path)],
-        [cmake("ctest"), "--test-dir", str(tmp_path), "--output-on-failure", "--parallel", "2"],
-    ):
-        run = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
-    assert "100% tests passed" in run.stdout
+    build(ROOT, tmp_path, *options)
+    said = run(cmake("ctest"), "--test-dir", str(tmp_path), "--output-on-failure", "--parallel", "2")
+    assert "100% tests passed" in said

@@ -1,4 +1,5 @@
 """The compile gate: every CUDA kernel compiles without spills or local memory, within its budget of registers.
+And, of PTX, the 3x3 kernels within their budget of instructions.
 
 For sm_80, sm_90a, sm_100 and sm_120, or with ``XSEP_ALL_ARCHITECTURES=1`` for every architecture that this nvcc knows.
 """
@@ -10,6 +11,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from ptx import COUNTED, counts, innermost_loops
 from ptxas import UNITS, compile_unit
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -58,3 +60,34 @@ def test_registers_spills_and_stack(tmp_path):
                 wrong.append(f"{unit}, {architecture}: {kernel}, of {limit} registers")
     assert not wrong, "\n".join(wrong)
     assert seen == set(BUDGET)
+
+
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+def test_instructions_per_output():
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = [count for of_unit in pool.map(lambda unit: counts(NVCC, unit, "sm_80"), COUNTED) for count in of_unit]
+    assert len(found) == 18 and {count.pass_ for count in found} == {"fprop", "wgrad", "both"}
+    wrong = [f"{c.unit}, {c.pass_}: {c.total:.1f} of {c.target}" for c in found if c.total > c.target]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_innermost_loops():
+    text = """
+        mov.u32 %r1, 0;
+    $L__BB0_1:
+        add.s32 %r1, %r1, 1;
+    $L__BB0_2:
+        fma.rn.f32 %f1, %f1, %f1, %f1;
+        @%p1 bra $L__BB0_3;
+        { .reg .b16 b; mov.b16 b, 0; cvt.f32.f16 %f2, b;}
+    $L__BB0_3:
+        @%p2 bra $L__BB0_2;
+        @%p3 bra $L__BB0_1;
+    $L__BB0_4:
+        sub.s32 %r1, %r1, 1;
+        @!%p4 bra $L__BB0_4;
+        ret;
+    """
+    inner, last = innermost_loops(text)
+    assert [line.split()[0] for line in inner] == ["fma.rn.f32", "@%p1", "mov.b16", "cvt.f32.f16", "@%p2"]
+    assert [line.split()[0] for line in last] == ["sub.s32", "@!%p4"]

@@ -1,149 +1,190 @@
-"""A test of the tests: a bug planted in a CUDA kernel turns the C++ tests on the emulator red.
+"""A test of the tests: bugs planted in the CUDA kernels, one at a time, turn the emulated C++ tests red.
 
-The sources are compiled as they are, and once for each bug the unit that has it.
+A copy of the sources is built once with every bug in it; a variable of the environment names the one that is awake.
 """
 
 import os
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from test_cpp import ROOT, build
 
-ROOT = Path(__file__).parents[1]
-COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-FLAGS = ["-std=c++17", "-O0", "-DXSEP_EMULATE_CUDA", "-Wno-unknown-pragmas"]
-TYPES = {"float": "float", "half": "xsep::half_t", "bfloat16": "xsep::bfloat16_t", "double": "double"}
-
-
-class Bug(NamedTuple):
-    group: str  # of the kernels
-    source: str  # in csrc/cuda
-    text: str  # that stands there once
-    planted: str  # in its place
-    shape: str  # that shows it
-    where: str  # in each line that says what failed
-
-
-BUGS = {
-    "nchw_missing_barrier": Bug(
-        "nchw",
-        "depthwise_fprop_nchw.cuh",
-        "copies_done();\n    __syncthreads();",
-        "copies_done();",
-        "whole_blocks",
-        "depthwise_fprop_nchw",
-    ),
-    "nchw_missing_barrier_before_the_store": Bug(
-        "nchw",
-        "depthwise_fprop_nchw.cuh",
-        "__syncthreads();\n    store_slab(y, y_tile, layout.y);",
-        "store_slab(y, y_tile, layout.y);",
-        "whole_blocks",
-        "depthwise_fprop_nchw",
-    ),
-    "nchw_missing_wait_for_copies": Bug(
-        "nchw", "depthwise_fprop_nchw.cuh", "copies_done();", "", "whole_blocks", "depthwise_fprop_nchw"
-    ),
-    "nchw_off_by_one": Bug(
-        "nchw",
-        "nchw_band.cuh",
-        "const bool inside = static_cast<unsigned>(col) < static_cast<unsigned>(width);",
-        "const bool inside = static_cast<unsigned>(col) <= static_cast<unsigned>(width);",
-        "whole_blocks",
-        "_nchw",
-    ),
-    "nchw_swapped_stride": Bug(
-        "nchw",
-        "depthwise_fprop_nchw.cuh",
-        "call->x_c = x.c, call->x_h = x.h;",
-        "call->x_c = x.h, call->x_h = x.c;",
-        "whole_blocks",
-        "depthwise_fprop_nchw",
-    ),
-    "nhwc_missing_barrier": Bug(
-        "nhwc", "depthwise_fprop_nhwc.cuh", "__syncthreads();", "", "whole_blocks", "depthwise_fprop_nhwc"
-    ),
-    "nhwc_missing_barrier_in_the_reduction": Bug(
-        "nhwc", "reduce.cuh", "__syncthreads();", "", "many_small_images", "grad"
-    ),
-    "nhwc_off_by_one": Bug(
-        "nhwc",
-        "depthwise_fprop_nhwc.cuh",
-        "const int steps = (rows - 1) * kStride + kR;",
-        "const int steps = (rows - 1) * kStride + kR - 1;",
-        "stride2_even",
-        "depthwise_fprop_nhwc",
-    ),
-    "nhwc_swapped_stride": Bug(
-        "nhwc",
-        "depthwise_fprop_nhwc.cuh",
-        "p.in = Pixels::of<T>(in.n, in.h, in.w, s.dilation_h, s.dilation_w);",
-        "p.in = Pixels::of<T>(in.n, in.w, in.h, s.dilation_h, s.dilation_w);",
-        "whole_blocks",
-        "depthwise_fprop_nhwc",
-    ),
+KERNELS = ROOT / "csrc" / "cuda"
+SWITCH = "XSEP_PLANTED_BUG"
+BARRIER = "__syncthreads();"
+# A file, and shapes of tests/cpp/cases.h on which a barrier that it lacks shows.
+BARRIERS = {
+    "correlate.cuh": ("multiplier",),
+    "depthwise_backward_nchw.cuh": ("plain_3x3",),
+    "depthwise_backward_nhwc.cuh": ("stride2_even",),
+    "depthwise_fprop_nchw.cuh": ("plain_3x3",),
+    "depthwise_fprop_nhwc.cuh": ("stride2_even",),
+    "depthwise_fprop_nhwc_tma.cuh": ("whole_blocks",),
+    "depthwise_generic_conv.cuh": ("multiplier", "filter_beyond_shared_memory"),
+    "depthwise_generic_wgrad_staged.cuh": ("signal",),
+    "reduce.cuh": ("many_small_images",),
 }
 
 
-def compiled(source, out, *flags, csrc=ROOT / "csrc"):
-    command = [COMPILER, *FLAGS, *flags, f"-I{csrc}", f"-I{ROOT / 'tests' / 'cpp'}"]
-    run = subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", str(out)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return out
+class Bug(NamedTuple):
+    """An expression of a kernel that becomes another one, or a barrier that is not waited for."""
+
+    file: str
+    text: str
+    planted: str
+    shapes: tuple  # on which it shows
+    occurrence: int = 0  # of the text
+
+    def __str__(self):
+        return f"{self.file}: {self.planted or f'without barrier {self.occurrence + 1}'}"
+
+    def code(self, number):
+        if self.text == BARRIER:
+            return f"if (xsep::planted_bug != {number}) {BARRIER}"
+        return f"(xsep::planted_bug == {number} ? ({self.planted}) : ({self.text}))"
 
 
-def linked(objects, out):
-    run = subprocess.run([COMPILER, *map(str, objects), "-o", str(out)], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return out
+def missing_barriers():
+    """Each one of each kernel."""
+    for file in sorted(KERNELS.glob("*.cuh")):
+        for occurrence in range(file.read_text().count(BARRIER)):
+            yield Bug(file.name, BARRIER, "", BARRIERS[file.name], occurrence)
 
 
-def failures(program, *shapes):
-    """The lines that say what failed; the program has to run to its end."""
-    run = subprocess.run([str(program), *shapes], capture_output=True, text=True)
-    found = [line for line in run.stdout.splitlines() if line.startswith("FAILED")]
-    assert re.search(r"\d+ checks, \d+ failed", run.stdout), run.stdout + run.stderr
-    assert run.returncode == (1 if found else 0)
-    return found
+OFF_BY_ONE = [
+    Bug(
+        "nhwc.cuh",
+        "residue + (axis.longest - 1) * axis.step < axis.extent",
+        "residue + (axis.longest - 1) * axis.step < axis.extent - 1",
+        ("stride2_even",),
+    ),
+    Bug("depthwise_fprop_nhwc.cuh", "last < p.H ? last + 1 : p.H", "last < p.H ? last : p.H", ("stride2_even",)),
+    Bug(
+        "depthwise_fprop_nhwc.cuh",
+        "columns_inside<kPixels>(w0, p.dilation_w, p.W)",
+        "columns_inside<kPixels>(w0, p.dilation_w, p.W + 1)",
+        ("stride2_even",),
+    ),
+    Bug(
+        "depthwise_fprop_nhwc_tma.cuh", "(rows - 1) * kStride + kR", "(rows - 1) * kStride + kR - 1", ("stride2_even",)
+    ),
+    Bug("depthwise_fprop_nhwc_tma.cuh", "row / kBoxes % 2", "(row + 1) / kBoxes % 2", ("whole_blocks",)),
+    Bug("depthwise_fprop_nhwc_tma.cuh", "first_col * kStride - p.pad_left", "first_col * kStride", ("whole_blocks",)),
+    Bug(
+        "depthwise_backward_nhwc.cuh",
+        "(p.P - 1 - p0) / p.dilation_h + 1",
+        "(p.P - 1 - p0) / p.dilation_h",
+        ("stride2_even",),
+    ),
+    Bug(
+        "depthwise_backward_nhwc.cuh",
+        "columns_inside<kCols>(w0, p.dilation_w, p.W)",
+        "columns_inside<kCols>(w0, p.dilation_w, p.W - 1)",
+        ("stride2_even",),
+    ),
+    Bug(
+        "nchw_band.cuh",
+        "static_cast<unsigned>(col) < static_cast<unsigned>(width)",
+        "static_cast<unsigned>(col) <= static_cast<unsigned>(width)",
+        ("plain_3x3",),
+    ),
+    Bug(
+        "nchw_band.cuh",
+        "clamp(height - row, 0, count - above)",
+        "clamp(height - row - 1, 0, count - above)",
+        ("plain_3x3",),
+    ),
+    Bug(
+        "depthwise_fprop_nchw.cuh",
+        "(call.P - 1 - block.residue) / call.dilation_h + 1 - block.step",
+        "(call.P - 1 - block.residue) / call.dilation_h - block.step",
+        ("plain_3x3",),
+    ),
+    Bug(
+        "depthwise_backward_nchw.cuh",
+        "smaller(kStride * right - call.pad_left, call.W)",
+        "smaller(kStride * right - call.pad_left, call.W - 1)",
+        ("plain_3x3",),
+    ),
+    Bug("correlate.cuh", "i + kCount <= existing.hi", "i + kCount <= existing.hi + 1", ("multiplier",)),
+    Bug("depthwise_generic_wgrad_staged.cuh", "at.n < p.N && col < cols", "at.n < p.N && col < cols - 1", ("signal",)),
+    Bug("reduce.cuh", "part < r.parts", "part < r.parts - 1", ("plain_3x3",)),
+]
+SWAPPED_STRIDES = [
+    Bug(
+        "depthwise_fprop_nhwc.cuh",
+        "offset(p.in, at.image, h_load, w0)",
+        "offset(p.in, at.image, w0, h_load)",
+        ("stride2_even",),
+    ),
+    Bug(
+        "depthwise_fprop_nchw.cuh",
+        "block.image * call.x_n + block.channel * call.x_c",
+        "block.image * call.x_c + block.channel * call.x_n",
+        ("plain_3x3",),
+    ),
+    Bug(
+        "nchw_band.cuh",
+        "plane * slab.plane + row * row_stride",
+        "plane * row_stride + row * slab.plane",
+        ("plain_3x3",),
+    ),
+    Bug("depthwise_backward_nchw.cuh", "dy_residue * call.dy_h", "dy_residue * call.dy_row", ("dilated",)),
+    Bug(
+        "depthwise_generic_conv.cuh",
+        "tap * p.w_slide + cross_tap * p.w_cross",
+        "tap * p.w_cross + cross_tap * p.w_slide",
+        ("multiplier",),
+    ),
+    Bug("reduce.cuh", "channel * r.taps + which", "which * r.channels + channel", ("plain_3x3",)),
+]
+BUGS = [*missing_barriers(), *OFF_BY_ONE, *SWAPPED_STRIDES]
+
+
+def plant(text, bugs):
+    """The text of a file with each of ``{number: bug}`` in it."""
+    places = []
+    for number, bug in bugs.items():
+        begins = [match.start() for match in re.finditer(re.escape(bug.text), text)]
+        assert len(begins) == 1 or bug.text == BARRIER, f"{bug}: '{bug.text}' occurs {len(begins)} times"
+        places.append((begins[bug.occurrence], number, bug))
+    for begin, number, bug in sorted(places, reverse=True):
+        text = text[:begin] + bug.code(number) + text[begin + len(bug.text) :]
+    return text
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """The test program in parts, by name."""
-    folder, cuda = tmp_path_factory.mktemp("objects"), ROOT / "csrc" / "cuda"
-    work = {name: (cuda / f"{name}.cpp", ()) for name in ("depthwise", "emulator")}
-    work["test"] = (ROOT / "tests" / "cpp" / "test_cuda.cpp", ())
-    for group in ("nhwc", "nchw", "generic"):
-        for name, element in TYPES.items():
-            if group == "generic" or name != "double":
-                work[f"{group}_{name}"] = (cuda / f"{group}.cu", (f"-DXSEP_T={element}",))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        jobs = {
-            name: pool.submit(compiled, source, folder / f"{name}.o", *flags) for name, (source, flags) in work.items()
-        }
-        return {name: job.result() for name, job in jobs.items()}
+def program(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("planted")
+    for name in ("csrc", "cmake", "tests/cpp"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "CMakeLists.txt", folder)
+    for file in sorted({bug.file for bug in BUGS}):
+        path = folder / "csrc" / "cuda" / file
+        path.write_text(plant(path.read_text(), {n: bug for n, bug in enumerate(BUGS) if bug.file == file}))
+    with open(folder / "csrc" / "dtype.h", "a") as header:
+        header.write(
+            "#include <cstdlib>\n"
+            f'namespace xsep {{ inline const int planted_bug = std::atoi(std::getenv("{SWITCH}")); }}\n'
+        )
+    build(folder, folder / "build", target="test_cuda_emulated")
+    return folder / "build" / "test_cuda_emulated"
 
 
-def test_without_bugs(objects, tmp_path):
-    shapes = {bug.shape for bug in BUGS.values()}
-    assert failures(linked(objects.values(), tmp_path / "test"), *shapes) == []
+def run(program, number, shapes):
+    return subprocess.run([program, *shapes], env={**os.environ, SWITCH: str(number)}, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", BUGS)
-def test_a_bug_turns_the_tests_red(name, objects, tmp_path):
-    bug = BUGS[name]
-    csrc = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    path = csrc / "cuda" / bug.source
-    text = path.read_text()
-    assert text.count(bug.text) == 1, "the text to replace has changed"
-    path.write_text(text.replace(bug.text, bug.planted))
-    unit = f"{bug.group}_float"
-    planted = compiled(csrc / "cuda" / f"{bug.group}.cu", tmp_path / "unit.o", "-DXSEP_T=float", csrc=csrc)
-    found = failures(linked({**objects, unit: planted}.values(), tmp_path / "test"), bug.shape)
-    assert found, "the bug was not noticed"
-    assert all(bug.where in line for line in found), found
+def test_without_a_bug(program):
+    shapes = sorted({shape for bug in BUGS for shape in bug.shapes})
+    done = run(program, -1, shapes)
+    assert done.returncode == 0 and " 0 failed" in done.stdout, done.stdout
+
+
+@pytest.mark.parametrize("number", range(len(BUGS)), ids=[str(bug) for bug in BUGS])
+def test_a_bug_is_found(number, program):
+    done = run(program, number, BUGS[number].shapes)
+    assert done.returncode == 1 and "FAILED" in done.stdout, done.stdout

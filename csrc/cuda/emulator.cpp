@@ -202,6 +202,9 @@ class Machine {
         const int from = lanes[i].source;
         lanes[i].result = op == WarpOp::kVote ? votes : named >> from & 1 ? lanes[from].value : ~uint64_t{0};
       }
+      // On a device a warp may run to the next barrier before the others begin, or abreast with them, as in a shuffle.
+      if (order_ == Order::kAscending) cursor_ = first;
+      if (order_ == Order::kDescending) cursor_ = size_ - first - present;
     }
     park();
     return me.result;

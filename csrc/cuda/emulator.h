@@ -3,8 +3,9 @@
 // device.h includes this file where XSEP_EMULATE_CUDA is defined and g++ compiles the .cu files as C++ (-x c++
 // -Wno-unknown-pragmas, for #pragma unroll); emulator.cpp is linked with them.  It finds what a GPU would not tell:
 //
-//   a missing barrier          shared memory starts as NaN, and a thread runs from barrier to barrier before the next
-//                              one starts, in an order that can be changed: it reads NaN or stale data in some order
+//   a missing barrier          shared memory starts as NaN, and a warp runs from barrier to barrier before the next
+//                              one starts, or all run abreast, in an order that can be changed: it reads NaN or stale
+//                              data in some order
 //   a missing copies_done()    the destination of copy_async() is NaN until then
 //   a missing tma_wait()       likewise, of tma_load(); what would wait for ever is an Error, and so is a box that the
 //                              hardware does not take
@@ -66,8 +67,10 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// The order in which threads run between two barriers, and blocks: "ascending", "descending", or a number, the seed
-// of a shuffle that differs from barrier to barrier.  The environment variable XSEP_EMULATE_ORDER is its first value.
+// The order in which threads run between two barriers, and blocks: "ascending" and "descending", in which a warp that
+// shuffles or votes goes on before the next one starts, or a number, the seed of a shuffle that differs from barrier to
+// barrier, in which all threads come to a shuffle or vote before the first goes on.  The environment variable
+// XSEP_EMULATE_ORDER is its first value.
 void set_order(const std::string& order);
 
 // Global traffic of a launch.

@@ -58,12 +58,36 @@ bool reverses(int threads) {
   return right;
 }
 
+// Each warp meets at a shuffle after it read what another one wrote; then it writes over that.
+template <bool kBarrier>
+__global__ void rewrite_kernel(float* y) {
+  float* const tile = shared_memory<float>();
+  const int t = threadIdx.x;
+  tile[t] = static_cast<float>(t);
+  __syncthreads();
+  const float value = __shfl_sync(kAll, tile[blockDim.x - 1 - t], t % 32);
+  if (kBarrier) __syncthreads();
+  tile[t] = __shfl_sync(kAll, -1.f, t % 32);
+  store(y + t, value);
+}
+
+template <bool kBarrier>
+bool rewrites() {
+  float y[96];
+  launch(rewrite_kernel<kBarrier>, dim3(1), dim3(96), sizeof y, nullptr, y);
+  bool right = true;
+  for (int t = 0; t < 96; ++t) right &= y[t] == static_cast<float>(95 - t);
+  return right;
+}
+
 void barriers() {
   for (const int threads : {1, 32, 50, 64, 1024}) {
     expect(wrong_orders([&] { return reverses<true, true>(threads); }) == 0, "barriers");
   }
   expect(wrong_orders([] { return reverses<false, true>(64); }) > 0, "a missing barrier before a read goes unseen");
   expect(wrong_orders([] { return reverses<true, false>(64); }) > 0, "a missing barrier before a write goes unseen");
+  expect(wrong_orders(rewrites<true>) == 0, "barriers between shuffles");
+  expect(wrong_orders(rewrites<false>) > 0, "a missing barrier between shuffles goes unseen");
 }
 
 // Indices of threads and blocks in three dimensions.
