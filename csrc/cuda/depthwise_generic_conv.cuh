@@ -26,8 +26,14 @@
 namespace xsep::cuda::generic {
 
 constexpr int kConvThreads = 128;
-constexpr int kConvBlocks = 4;     // of a multiprocessor, at least: without it, ptxas spills for the sake of more
-constexpr int kConvMaxGroups = 8;  // of a run
+// Blocks of a multiprocessor, at least: without it, ptxas spills for the sake of more.  On Volta that of CUDA 11.8 does
+// so for the sake of four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700 && __CUDA_ARCH__ < 750
+constexpr int kConvBlocks = 3;
+#else
+constexpr int kConvBlocks = 4;
+#endif
+constexpr int kConvMaxGroups = 8;         // of a run
 constexpr int kConvThreadsWanted = 2048;  // of a multiprocessor, before a run has more than one group
 constexpr int kOutputs = 8;               // of a group
 // Taps whose loads are in flight together, for filters that are short and long where they slide.

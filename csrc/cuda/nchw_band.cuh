@@ -32,9 +32,10 @@ namespace xsep::cuda::nchw {
 constexpr int kMaxThreads = 256;
 
 // The threads for whose registers a kernel is compiled: as many as named, or fewer where the compiler would spill for
-// them: Kepler's has the same instructions in more registers, of which its multiprocessors have twice as many.
+// them.  That of CUDA 11.8 has the same instructions in more registers from Kepler, whose multiprocessors have twice as
+// many, to Volta.
 __host__ __device__ constexpr int resident(int threads) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 700
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
   return threads < kMaxThreads ? threads : kMaxThreads;
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   return threads < 640 ? threads : 640;
