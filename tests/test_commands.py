@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -94,3 +95,11 @@ def test_layers(tmp_path):
 def test_help():
     for name in ("throughput.py", "layers.py"):
         assert "--results-file" in run(ROOT / "benchmarks" / name, "--help")
+    assert "racecheck" in run(ROOT / "scripts" / "sanitize.py", "--help")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_sanitize_says_what_is_missing():
+    script = ROOT / "scripts" / "sanitize.py"
+    assert "cannot run: " in run(script, ok=False)
+    assert "invalid choice: 'leakcheck'" in run(script, "--tools", "leakcheck", ok=False)
