@@ -185,6 +185,7 @@ def test_the_emulator_counts(emulator):
     emulator.start_counting()
     y = EMULATED.fprop(problem(case, x, True), x, w, None)
     (launch,) = emulator.stop_counting()
+    assert "depthwise_fprop_nhwc_kernel" in launch["kernel"]
     assert launch["stores"]["bytes"] == y.nbytes and launch["stores"]["accesses"][16] == y.nbytes // 16
     assert launch["stores"]["distinct_sectors"] == y.nbytes // 32
     assert launch["loads"]["distinct_sectors"] * 32 >= x.nbytes
