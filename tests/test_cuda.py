@@ -270,6 +270,46 @@ def test_a_failed_selftest_switches_off_and_is_remembered(no_verdicts, monkeypat
         EMULATED.set_enabled(dtype, family, True)
 
 
+def test_a_kernel_that_takes_the_device_with_it(no_verdicts, monkeypatch, emulator, capsys):
+    """It is named, and other processes test the rest."""
+    outputs, family, lost = selftest._outputs, "depthwise_generic", []
+    monkeypatch.setattr(selftest, "SHAPES", {"3x3": selftest.SHAPES["3x3_stride1"]})
+
+    def crashing(backend, name, case):
+        if backend.family == family:
+            lost.append(name)
+            raise RuntimeError("an illegal memory access was encountered")
+        return outputs(backend, name, case)
+
+    def synchronize(device):
+        if lost:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(selftest, "_outputs", crashing)
+    monkeypatch.setattr(selftest, "_synchronize", synchronize)
+    commands = []
+
+    def process(command, **_):
+        """Another process is this one, with a working device."""
+        commands.append(command[3:])
+        lost.clear()
+        status = selftest.main(command[3:])
+        return subprocess.CompletedProcess(command, status, stdout=capsys.readouterr().out)
+
+    monkeypatch.setattr(selftest.subprocess, "run", process)
+    assert selftest._in_child(EMULATED, torch.float32, 0) == [family]
+    assert [command[6:] for command in commands] == [[], ["--without", family]]
+    assert selftest._read(EMULATED, torch.float32, 0) == [family]
+
+    monkeypatch.setattr(selftest.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, stdout=""))
+    assert selftest._in_child(EMULATED, torch.float16, 0) is None
+
+
+def test_selftest_in_a_process_of_its_own(no_verdicts, emulator):
+    assert selftest._in_child(EMULATED, torch.float64, 0) == []
+    assert list(json.loads(no_verdicts.read_text()).values()) == [{"torch.float64": []}]
+
+
 def test_selftest_prints_what_failed(no_verdicts, monkeypatch, emulator, capsys):
     truth = selftest._truth
     monkeypatch.setattr(selftest, "_truth", lambda *a: {k: [(v + 1, s) for v, s in o] for k, o in truth(*a).items()})
