@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -337,37 +338,57 @@ def test_a_failed_selftest_switches_off_and_is_remembered(no_verdicts, monkeypat
 
 
 def test_a_kernel_that_takes_the_device_with_it(no_verdicts, monkeypatch, emulator, capsys):
-    """It is named, and other processes test the rest."""
-    outputs, family, lost = selftest._outputs, "depthwise_generic", []
+    """It is named, and what comes after it is not said to have failed."""
+    family = "depthwise_fprop_nchw"
     monkeypatch.setattr(selftest, "SHAPES", {"3x3": selftest.SHAPES["3x3_stride1"]})
 
-    def crashing(backend, name, case):
+    def raises(*_):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    def crashing(backend, name, case, outputs=selftest._outputs):
         if backend.family == family:
-            lost.append(name)
-            raise RuntimeError("an illegal memory access was encountered")
+            monkeypatch.setattr(selftest, "_synchronize", raises)
+            raises()
         return outputs(backend, name, case)
 
-    def synchronize(device):
-        if lost:
-            raise RuntimeError("an illegal memory access was encountered")
-
     monkeypatch.setattr(selftest, "_outputs", crashing)
-    monkeypatch.setattr(selftest, "_synchronize", synchronize)
-    commands = []
+    command = ["--backend", "cuda-emulated", "--dtypes", "float32"]
+    assert selftest.main(command) == 3 and not no_verdicts.exists()
+    out = capsys.readouterr().out
+    assert f"LOST {family}, torch.float32: 3x3 NCHW: an illegal memory access" in out and "FAILED" not in out
+    assert "any more: depthwise_backward_nchw, depthwise_generic\n" in out and f"'--without {family}'" in out
 
-    def process(command, **_):
-        """Another process is this one, with a working device."""
-        commands.append(command[3:])
-        lost.clear()
-        status = selftest.main(command[3:])
-        return subprocess.CompletedProcess(command, status, stdout=capsys.readouterr().out)
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_kernel_that_ends_its_process(kept, no_verdicts, monkeypatch, emulator):
+    """Other processes test the rest, and this one learns of all."""
+    run, commands = subprocess.run, []
+    planted = f"""
+import os, sys
+sys.path.insert(0, {str(Path(selftest.__file__).parents[1])!r})
+from xsep import selftest
+selftest.SHAPES = {{"3x3": selftest.SHAPES["3x3_stride1"]}}
+outputs, ends = selftest._outputs, ("depthwise_fprop_nhwc", "depthwise_generic")
+selftest._outputs = lambda backend, *case: os.abort() if backend.family in ends else outputs(backend, *case)
+"""
+
+    def process(command, **options):
+        commands.append(command[9:])
+        return run([*command[:2], planted + command[2], *command[3:]], **options)
+
+    if not kept:
+        no_verdicts.mkdir(parents=True)
     monkeypatch.setattr(selftest.subprocess, "run", process)
-    assert selftest._in_child(EMULATED, torch.float32, 0) == [family]
-    assert [command[6:] for command in commands] == [[], ["--without", family]]
-    assert selftest._read(EMULATED, torch.float32, 0) == [family]
+    failed = ["depthwise_fprop_nhwc", "depthwise_generic"]
+    assert selftest._in_child(EMULATED, torch.float32, 0) == failed
+    assert commands == [[], ["--without", failed[0]], ["--without", *failed]]
+    assert selftest._read(EMULATED, torch.float32, 0) == (failed if kept else None)
 
+
+def test_a_process_that_cannot_be(no_verdicts, monkeypatch, emulator):
     monkeypatch.setattr(selftest.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], -9, stdout=""))
+    assert selftest._in_child(EMULATED, torch.float16, 0) is None
+    monkeypatch.setattr(selftest.sys, "executable", None)
     assert selftest._in_child(EMULATED, torch.float16, 0) is None
 
 

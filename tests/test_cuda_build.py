@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from ptx import COUNTED, counts, innermost_loops
 from ptxas import UNITS, compile_unit
+from sass import SPECIALISED, accesses, find_cuobjdump
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 EVERYTHING = os.environ.get("XSEP_ALL_ARCHITECTURES") == "1"
@@ -46,13 +47,20 @@ def budget(kernel, architecture):
     return limit[kernel.constants[0]] if isinstance(limit, dict) else limit
 
 
-@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
-def test_registers_spills_and_stack(tmp_path):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What nvcc made of each unit for each architecture."""
+    if NVCC is None:
+        pytest.skip("there is no nvcc")
+    folder = tmp_path_factory.mktemp("cubins")
     work = [(unit, architecture) for unit in UNITS for architecture in architectures()]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        compiled = list(pool.map(lambda item: compile_unit(NVCC, *item, tmp_path), work))
+        return dict(zip(work, pool.map(lambda item: compile_unit(NVCC, *item, folder), work)))
+
+
+def test_registers_spills_and_stack(compiled):
     wrong, seen = [], set()
-    for (unit, architecture), (kernels, _) in zip(work, compiled):
+    for (unit, architecture), (kernels, *_) in compiled.items():
         for kernel in kernels:
             seen.add(kernel.family)
             limit = budget(kernel, architecture)
@@ -60,6 +68,46 @@ def test_registers_spills_and_stack(tmp_path):
                 wrong.append(f"{unit}, {architecture}: {kernel}, of {limit} registers")
     assert not wrong, "\n".join(wrong)
     assert seen == set(BUDGET)
+
+
+# Bytes of the widest load and store of a thread in 3x3 kernels: those of a pixel's vector of channels in NHWC.
+WIDEST = {
+    ("depthwise_fprop_nhwc_kernel", "float"): 16,
+    ("depthwise_fprop_nhwc_kernel", "half_t"): 8,
+    ("depthwise_fprop_nhwc_kernel", "bfloat16_t"): 8,
+    ("depthwise_backward_nhwc_kernel", "float"): 8,
+    ("depthwise_backward_nhwc_kernel", "half_t"): 4,
+    ("depthwise_backward_nhwc_kernel", "bfloat16_t"): 4,
+    **{
+        (f"depthwise_{pass_}_nchw_kernel", dtype): 16
+        for pass_ in ("fprop", "backward")
+        for dtype in ("float", "half_t", "bfloat16_t")
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_vectors_in_machine_code(architecture, compiled):
+    cuobjdump = find_cuobjdump(NVCC)
+    if cuobjdump is None:
+        pytest.skip("there is no cuobjdump: on PATH, beside nvcc, or in the triton package")
+    seen = set()
+    for unit in SPECIALISED:
+        for kernel in accesses(cuobjdump, compiled[unit, architecture].cubin):
+            if kernel.constants[:1] != (3,):
+                continue
+            if kernel.family == "depthwise_fprop_nhwc_tma_kernel":  # empty on sm_80; elsewhere no thread loads x
+                plain = WIDEST["depthwise_fprop_nhwc_kernel", unit.type_name]
+                assert architecture == "sm_80" or kernel.widest("STG") == plain, (unit, kernel)
+                continue
+            key = kernel.family, unit.type_name
+            seen.add(key)
+            assert kernel.widest("LDG", "LDGSTS") == WIDEST[key], (unit, kernel)
+            makes_dw_alone = "backward" in kernel.family and kernel.constants[2:4] == (0, 1)
+            assert makes_dw_alone or kernel.widest("STG") == WIDEST[key], (unit, kernel)
+            if kernel.family.endswith("nchw_kernel") and unit.dtype == "float":
+                assert kernel.count["LDGSTS", 16] > 0, (unit, kernel)
+    assert seen == set(WIDEST)
 
 
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")

@@ -19,7 +19,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -85,24 +85,34 @@ class DeviceLost(RuntimeError):
         self.family = family
 
 
-def check(backend: CudaBackend, dtype: torch.dtype, card: int = 0, without: Sequence[str] = ()) -> list[Result]:
-    """Holds every family of a dtype, but those of ``without``, against float64.
+def check(
+    backend: CudaBackend,
+    dtype: torch.dtype,
+    card: int = 0,
+    without: Sequence[str] = (),
+    begin: Callable[[str], None] = lambda family: None,
+) -> list[Result]:
+    """Holds every family of a dtype, but those of ``without``, against float64, one after another.
 
-    Raises ``DeviceLost``, and what went wrong on the device before.
+    Calls ``begin`` before each.  Raises ``DeviceLost``, and what went wrong on the device before.
     """
     device = torch.device(backend.device, card) if backend.device == "cuda" else torch.device("cpu")
     _synchronize(device)
-    families = [backend.only(family) for family in backend.families(dtype) if family not in without]
-    found = {(f.family, name): Result(f.family, dtype, name, 0, 0.0, "") for f in families for name in PASSES}
-    for name, shape in SHAPES.items():
-        for nhwc in (False, True):
-            for with_on_load in (False, True):
-                case = _case(name, shape, dtype, nhwc, with_on_load, device)
-                for family in families:
-                    for pass_ in PASSES:
-                        key = family.family, pass_
-                        found[key] = _checked(found[key], family, pass_, case)
-    return list(found.values())
+    cases = [
+        _case(name, shape, dtype, nhwc, with_on_load, device)
+        for name, shape in SHAPES.items()
+        for nhwc in (False, True)
+        for with_on_load in (False, True)
+    ]
+    results = []
+    for family in (backend.only(name) for name in backend.families(dtype) if name not in without):
+        begin(family.family)
+        for name in PASSES:
+            result = Result(family.family, dtype, name, 0, 0.0, "")
+            for case in cases:
+                result = _checked(result, family, name, case)
+            results.append(result)
+    return results
 
 
 def _checked(so_far: Result, family: CudaBackend, name: str, case: Case) -> Result:
@@ -253,9 +263,11 @@ def ensure(backend: CudaBackend, dtype: torch.dtype, card: int) -> None:
 def _in_child(backend: CudaBackend, dtype: torch.dtype, card: int) -> list[str] | None:
     """The families that failed, found by another process; None if that could not be.
 
-    A kernel that touches memory which is not its own takes the CUDA context with it: the other process's, then.  What
-    was not tested for that reason is tested by a third.
+    A kernel that touches memory which is not its own takes the CUDA context with it, or the process: the other one's,
+    then.  It is of the last family that the process began with, and a further process tests the rest.
     """
+    if not sys.executable or getattr(sys, "frozen", False):
+        return None  # there is no interpreter to start
     root = str(Path(__file__).parents[1])
     code = f"import sys; sys.path.insert(0, {root!r}); from xsep.selftest import main; sys.exit(main(sys.argv[1:]))"
     options = ["--backend", backend.name, "--device", str(card), "--dtypes", str(dtype).replace("torch.", "")]
@@ -263,15 +275,16 @@ def _in_child(backend: CudaBackend, dtype: torch.dtype, card: int) -> list[str] 
     while True:
         command = [sys.executable, "-c", code, *options, *(["--without", *lost] if lost else [])]
         try:
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         except OSError:
-            return None
+            return lost or None
         if done.returncode in (0, 1):
-            return _read(backend, dtype, card)
-        found = re.search(r"^LOST (\w+)", done.stdout, re.MULTILINE) if done.returncode == _LOST else None
-        if found is None or found[1] in lost:
-            return None
-        lost.append(found[1])
+            failed = _read(backend, dtype, card)
+            return lost or None if failed is None else failed  # it cannot be kept, or the process did not get that far
+        begun = re.findall(r"^testing (\w+)", done.stdout, re.MULTILINE)
+        if not begun or begun[-1] in lost:
+            return lost or None
+        lost.append(begun[-1])
 
 
 def _aside(backend: CudaBackend, dtype: torch.dtype, card: int) -> list[Result]:
@@ -362,11 +375,19 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     for dtype in (dtype for dtype, name in zip(DTYPES, names) if name in options.dtypes):
         without = [family for family in options.without if family in backend.families(dtype)]
+        begun: list[str] = []
+
+        def begin(family: str, dtype=dtype, begun=begun) -> None:
+            print(f"testing {family}, {dtype}", flush=True)
+            begun.append(family)
+
         try:
-            of_dtype = check(backend, dtype, options.device, without)
+            of_dtype = check(backend, dtype, options.device, without, begin)
         except DeviceLost as error:
             print(f"LOST {error.family}, {dtype}: {error}")
-            print(f"Nothing runs on the device any more. '--without {error.family}' tests the others.")
+            not_run = [family for family in backend.families(dtype) if family not in (*begun, *without)]
+            print(f"not run, since nothing runs on the device any more: {', '.join(not_run) or 'nothing'}")
+            print(f"'--without {' '.join((*without, error.family))}' tests without it.")
             return _LOST
         record(backend, dtype, options.device, of_dtype, without)
         results.extend(of_dtype)
