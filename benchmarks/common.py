@@ -39,12 +39,16 @@ def load_average() -> str:
         return "unknown"
 
 
+NEVER_RUN = "when this version was published they had never run on a GPU"
+
+
 def header(device: str = "cpu", **entries: str) -> dict[str, str]:
     """What a measurement depends on."""
     found = {
         "xsep": f"{xsep.__version__}, commit {commit()}",
         **{key: value for key, value in info.machine().items() if key != "GPU" or device != "cpu"},
         "CPU kernels": info.built().get("CPU instruction sets", "none"),
+        **({"CUDA kernels": f"{info.built().get('CUDA kernels')}; {NEVER_RUN}"} if device == "cuda" else {}),
         "load": load_average(),
         **entries,
     }
