@@ -26,9 +26,9 @@
 namespace xsep::cuda::generic {
 
 constexpr int kConvThreads = 128;
-// Blocks of a multiprocessor, at least: without it, ptxas spills for the sake of more.  On Volta that of CUDA 11.8 does
-// so for the sake of four.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700 && __CUDA_ARCH__ < 750
+// Blocks of a multiprocessor, at least: without it, ptxas spills for the sake of more.  That of CUDA 11.8 does
+// so for the sake of four, from Maxwell to Volta.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 500 && __CUDA_ARCH__ < 750
 constexpr int kConvBlocks = 3;
 #else
 constexpr int kConvBlocks = 4;
