@@ -1,5 +1,23 @@
 // The backward passes in NCHW for 3x3, 5x5 and 7x7: wgrad, dgrad+wgrad in one, and dgrad with stride 2; strides 1 and
-// 2, any dilation with stride 1.
+// 2, any dilation with stride 1.  How a band is cut and moved: nchw_band.cuh.
+//
+// A thread owns columns of x and slides down the rows of dy, as in depthwise_backward_nhwc.cuh, but reads both from
+// shared memory: dy widened with zeros for borders, x as it is.  dx leaves through shared memory in vectors.  The sums
+// of dw stay in registers over all images that a block takes; at the end the block adds them in shared memory and by
+// shuffles, in a fixed order, and leaves a partial sum for reduce.cuh.
+//
+// Bytes: dy and x once from DRAM and dx once, in vectors of 16 bytes; from L2 also the rows of dy that bands of a plane
+// share; partial sums of a twentieth of x, where there are images enough for blocks to take several.  Memory limits
+// 3x3, instructions the larger filters.
+//
+//   Registers (sm_80, sm_90a); nothing is spilled from sm_37 to sm_121
+//              wgrad: half, float     both: half, float      dgrad: half, float
+//   3x3         79  79,  78  80        86  96,  95  80
+//   5x5        102 101,  93  89       115 128, 116 119
+//   7x7        118 116, 106 118       210 210, 191 190
+//   3x3 / 2     66  80,  80  80       115 116,  96  96        67  77,  66  66
+//   5x5 / 2    110 107,  95  93       123 124, 121 122       101 102,  86  86
+//   7x7 / 2    115 119, 114 106       214 212, 197 201       113 122, 119 119
 #pragma once
 
 #include <string>

@@ -1,5 +1,23 @@
 // fprop in NCHW, and dgrad with stride 1, which is fprop of dy with the flipped filter: 3x3, 5x5 and 7x7, strides 1 and
-// 2, any dilation with stride 1.
+// 2, any dilation with stride 1.  How a band is cut and moved: nchw_band.cuh.
+//
+// The sums of the rows of y that the next row of x meets are in registers, and so is the filter; a thread reads R
+// neighbouring columns of a row from shared memory, where x is widened and borders are zeros, and leaves its output
+// there, whence the block stores it in vectors.
+//
+// Bytes: x once from DRAM and y once, both in vectors of 16 bytes; from L2 also the R - stride rows that bands of a
+// plane share.  Shared memory: R reads of 4 bytes an output and some 8 bytes for staging, which by the numbers of an
+// H100 takes a third of the time of DRAM with 3x3 of float, and 0.6 of it with 3x3 of half or 7x7 of float.  Memory
+// limits it (7x7 of half: multiply-adds).
+//
+//   Registers (sm_80, sm_90a); nothing is spilled from sm_37 to sm_121
+//              half         float
+//   3x3         63,  64      60,  62
+//   5x5         94,  93      80,  89
+//   7x7        114, 120     122, 120
+//   3x3 / 2     63,  64      61,  64
+//   5x5 / 2     94,  90      89,  87
+//   7x7 / 2    114, 120     122, 122
 #pragma once
 
 #include <string>
