@@ -66,7 +66,8 @@ inline void zero(A* p, ptrdiff_t count) {
 
 inline bool inside(int i, int extent) { return static_cast<unsigned>(i) < static_cast<unsigned>(extent); }
 
-// A value used by several multiply-adds stays in its register: left alone, GCC loads it anew for each of them.
+// A value used by several multiply-adds stays in its register: left alone, GCC loads it anew for each of them.  (An
+// element of an array as the operand itself would be stored there, though nothing reads it.)
 template <class V>
 inline V in_register(V v) {
 #if defined(__AVX512F__)
