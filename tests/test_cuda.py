@@ -125,9 +125,31 @@ def test_bulk_copies_take_slices_that_are_aligned(cuda):
         else:
             with pytest.raises(ValueError, match="not aligned to 16 bytes"):
                 family.fprop(p, inside, w, bias)
+    with pytest.raises(ValueError, match="do not nest"):
+        family.fprop(p, x[:1].expand(2, -1, -1, -1), w, bias)
+    with pytest.raises(ValueError, match="do not nest"):
+        turned = x.new_zeros(2, 16, 10, 9).contiguous(memory_format=torch.channels_last).transpose(2, 3)
+        family.fprop(p, turned, w, bias)
+    one = problem(case._replace(N=1), x, True)
+    assert torch.equal(family.fprop(one, x[1][None], w, bias), expected[1:])  # the batch has the stride of a pixel
     relu = torch.zeros(16, device=cuda.device), *[torch.ones(16, device=cuda.device)] * 2, True
     with pytest.raises(ValueError, match="no function on load"):
         family.fprop(p, x, w, bias, relu)
+
+
+@pytest.mark.parametrize("dtype", [t for t in DTYPES if t != torch.float64], ids=str)
+@pytest.mark.parametrize(("C", "kernel"), [(4, 3), (2, 5), (4, 5), (2, 7), (4, 7)])
+def test_bulk_copies_of_a_few_channels(C, kernel, dtype, cuda):
+    """A pixel of a slice may have less than the 16 bytes that a box has at least."""
+    if cuda.name == "cuda" and cuda.card(0).arch < 90:
+        pytest.skip("the card has no bulk copies")
+    case = square(C, 9, 10, kernel)
+    x, w, bias, dy = tensors(case, dtype, torch.channels_last, cuda.device)
+    larger = x.new_full((2, 16, 9, 10), torch.nan).contiguous(memory_format=torch.channels_last)
+    inside = larger[:, :C].copy_(x)
+    truth = rounded(true_results(case, x, w, bias, dy), cuda.device)
+    ours = cuda.only(TMA).fprop(problem(case, x, True), inside, w, bias)
+    assert_no_worse_than_torch(ours, torch_results(case, x, w, bias, dy)[0], truth[0], f"{C} channels of {dtype}")
 
 
 def test_bulk_copies_are_off_until_the_selftest_has_passed(no_verdicts, emulator):
@@ -139,6 +161,22 @@ def test_bulk_copies_are_off_until_the_selftest_has_passed(no_verdicts, emulator
         selftest.record(EMULATED, torch.float32, 0, [])
         selftest.ensure(EMULATED, torch.float32, 0)
         assert EMULATED.kernel(p) == TMA
+    finally:
+        EMULATED.set_enabled(torch.float32, TMA, False)
+
+
+def test_bulk_copies_stay_off_where_they_failed_on_another_card(no_verdicts, monkeypatch, emulator):
+    """A family is on or off for all cards of a process."""
+    verdicts = {0: [TMA], 1: []}
+    monkeypatch.setattr(selftest, "_read", lambda backend, dtype, card: verdicts[card])
+    monkeypatch.setattr(EMULATED, "card", lambda index: emulator.cuda_cards()[0])
+    with pytest.warns(UserWarning, match=f"switches {TMA} off"):
+        selftest.ensure(EMULATED, torch.float32, 0)
+    selftest.ensure(EMULATED, torch.float32, 1)
+    case = square(16, 9, 10, 3)
+    p = problem(case, tensors(case, torch.float32, torch.channels_last, "cpu")[0], True)
+    try:
+        assert EMULATED.kernel(p) == "depthwise_fprop_nhwc"
     finally:
         EMULATED.set_enabled(torch.float32, TMA, False)
 
@@ -290,7 +328,7 @@ def test_each_byte_is_read_about_once(pass_, layout, N, bound, emulator):
 def no_verdicts(tmp_path, monkeypatch):
     """A cache directory of its own, and a process that knows nothing."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(selftest, "_ensured", set())
+    monkeypatch.setattr(selftest, "_ensured", {})
     return tmp_path / "xsep" / "selftest.json"
 
 
@@ -322,13 +360,13 @@ def test_a_failed_selftest_switches_off_and_is_remembered(no_verdicts, monkeypat
         EMULATED.set_enabled(dtype, family, True)
 
         # Another process reads the verdict; another driver asks for a new one.
-        monkeypatch.setattr(selftest, "_ensured", set())
+        monkeypatch.setattr(selftest, "_ensured", {})
         monkeypatch.setattr(selftest, "check", None)
         assert selftest.is_known(EMULATED, dtype, 0)
         with pytest.warns(UserWarning, match="switches depthwise_fprop_nhwc off"):
             selftest.ensure(EMULATED, dtype, 0)
         assert EMULATED.kernel(p) == "depthwise_generic"
-        monkeypatch.setattr(selftest, "_ensured", set())
+        monkeypatch.setattr(selftest, "_ensured", {})
         monkeypatch.setattr(selftest, "_driver", lambda module: "another")
         assert not selftest.is_known(EMULATED, dtype, 0)
         monkeypatch.setenv("XSEP_SKIP_SELFTEST", "1")

@@ -50,7 +50,7 @@ SHAPES = {
 }
 _LOST = 3  # exit status: a kernel has made the device unusable for its process
 _lock = threading.Lock()
-_ensured: set[tuple[str, torch.dtype, int]] = set()
+_ensured: dict[tuple[str, torch.dtype, int], list[str]] = {}  # the families that failed
 
 
 class Result(NamedTuple):
@@ -246,10 +246,11 @@ def ensure(backend: CudaBackend, dtype: torch.dtype, card: int) -> None:
             failed = _in_child(backend, dtype, card)
         if failed is None:
             failed = record(backend, dtype, card, _aside(backend, dtype, card))
-        _ensured.add(key)
+        _ensured[key] = failed
     for family in failed:
         backend.set_enabled(dtype, family, False)
-    for family in set(backend.families_off_at_first(dtype)).difference(failed):
+    on_no_card = {family for known, each in _ensured.items() if known[:2] == key[:2] for family in each}
+    for family in set(backend.families_off_at_first(dtype)).difference(on_no_card):
         backend.set_enabled(dtype, family, True)
     if failed:
         warnings.warn(

@@ -163,14 +163,16 @@ TmaGrid make_tma_grid(const Device& device, int32_t channels, int32_t images, in
   constexpr int kV = Tile::kV, kCols = Tile::kCols, kStride = Tile::kStride, kR = Tile::kR;
   TmaGrid grid{};
   const int32_t vectors = channels / kV;
-  while ((1 << grid.lanes_log2) < std::min(vectors, kMaxLanes<Tile>)) ++grid.lanes_log2;
+  constexpr int kVectorBytes = kV * sizeof(typename Tile::T);
+  const int32_t wanted_lanes = std::max(std::min(vectors, kMaxLanes<Tile>), kTmaGrain / kVectorBytes);
+  while ((1 << grid.lanes_log2) < wanted_lanes) ++grid.lanes_log2;
   const int32_t lanes = 1 << grid.lanes_log2;
   const int32_t most_slots = std::min(kThreads / lanes, ((256 - kR) / kStride + 1) / kCols);
   // Tiles of about the same width.
   const int32_t groups = (Q - 1) / kCols + 1, col_tiles = (groups - 1) / most_slots + 1;
   grid.slots = (groups - 1) / col_tiles + 1;
   grid.box_cols = (grid.slots * kCols - 1) * kStride + kR;
-  grid.box_bytes = grid.box_cols * lanes * kV * static_cast<int32_t>(sizeof(typename Tile::T));
+  grid.box_bytes = grid.box_cols * lanes * kVectorBytes;
   grid.box_pitch = (grid.box_bytes + kTmaAlignment - 1) / kTmaAlignment * kTmaAlignment;
   grid.chunks = Divider((vectors - 1) / lanes + 1);
   grid.col_tiles = Divider(col_tiles);
@@ -190,6 +192,23 @@ size_t tma_shared_bytes(const TmaGrid& grid) {
   return kBoxes * sizeof(uint64_t) + filter + kTmaAlignment + kBoxes * static_cast<size_t>(grid.box_pitch);
 }
 
+// What is copied from, boxes left out.
+template <class T>
+TensorView tma_view(const DepthwiseArgs& args) {
+  const ConvShape& s = args.shape;
+  const bool fprop = args.pass == Pass::kFprop;
+  const TensorRef& in = fprop ? args.x : args.dy;
+  TensorView view{in.data, args.dtype, {s.C, fprop ? s.W : s.Q(), fprop ? s.H : s.P(), s.N}, {}, 0, 0};
+  const int64_t strides[] = {in.w, in.h, in.n}, size = sizeof(T);
+  int64_t below = (s.C * size + kTmaGrain - 1) / kTmaGrain * kTmaGrain;
+  for (int i = 0; i < 3; ++i) {
+    // Where an axis has one place its stride says nothing (image[None] has that of a pixel): any that nests will do.
+    view.strides[i] = view.extents[i + 1] == 1 ? below : strides[i] * size;
+    below = view.strides[i] * view.extents[i + 1];
+  }
+  return view;
+}
+
 template <class T>
 std::string why_not_fprop_tma(const DepthwiseArgs& args, const Device& device) {
   const std::string reason = why_not_fprop<T>(args, device);
@@ -197,21 +216,14 @@ std::string why_not_fprop_tma(const DepthwiseArgs& args, const Device& device) {
   if (device.arch < 90) return "the card has no bulk copies (sm_90 and newer do)";
   if (args.shape.dilation_h != 1 || args.shape.dilation_w != 1) return "the dilation is not 1";
   if (args.pass == Pass::kFprop && args.on_load.any()) return "it applies no function on load";
-  const TensorRef& in = args.pass == Pass::kFprop ? args.x : args.dy;
-  const bool whole = aligned(in.data, 16);
-  for (const int64_t stride : {in.n, in.h, in.w}) {
-    const int64_t bytes = stride * static_cast<int64_t>(sizeof(T));
-    if (!whole || bytes % 16 != 0) return "the input's pixels are not aligned to 16 bytes";
-    if (bytes < 0 || bytes >= kTmaMaxStride) return "a stride of the input is beyond 2^40 bytes";
-  }
-  return why_no_tma();
+  const std::string no_map = why_not_tensor_map(tma_view<T>(args));
+  return no_map.empty() ? why_no_tma() : no_map;
 }
 
 template <class T>
 cudaError_t run_fprop_tma(const DepthwiseArgs& args, const Device& device, cudaStream_t stream) {
   const ConvShape& s = args.shape;
   const bool fprop = args.pass == Pass::kFprop;
-  const TensorRef& in = fprop ? args.x : args.dy;
   if (s.N == 0) return cudaSuccess;
 
   TmaParams<T> p{};
@@ -227,9 +239,7 @@ cudaError_t run_fprop_tma(const DepthwiseArgs& args, const Device& device, cudaS
   return with_filter(s, [&](auto r, auto stride) {
     using Tile = FpropTile<T, r.value, stride.value, false>;
     p.grid = make_tma_grid<Tile>(device, s.C, s.N, p.P, p.Q);
-    TensorView view{in.data, args.dtype, {s.C, fprop ? s.W : s.Q(), fprop ? s.H : s.P(), s.N}, {}, 0, 0};
-    const int64_t strides[] = {in.w, in.h, in.n};
-    for (int i = 0; i < 3; ++i) view.strides[i] = strides[i] * static_cast<int64_t>(sizeof(T));
+    TensorView view = tma_view<T>(args);
     view.box_channels = Tile::kV << p.grid.lanes_log2;
     view.box_cols = p.grid.box_cols;
     TensorMap map;

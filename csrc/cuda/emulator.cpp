@@ -244,6 +244,9 @@ class Machine {
     for (int i = 0; i < 4; ++i) {
       require(i == 0 || box.strides[i] % 16 == 0, "of a tensor whose strides are not multiples of 16 bytes");
       require(box.extents[i] > 0, "of an empty tensor");
+      require(i == 0 || (box.strides[i] >= box.strides[i - 1] * box.extents[i - 1] &&
+                         (i == 1 || box.strides[i] % box.strides[i - 1] == 0)),
+              "of a tensor whose axes overlap or do not nest");
     }
     require(bytes == box_bytes, "that expects " + std::to_string(bytes) + " bytes, of a box of " +
                                     std::to_string(box_bytes) + ": who waits for it would do so for ever");

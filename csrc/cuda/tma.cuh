@@ -37,15 +37,29 @@ struct TensorView {
   const void* data;    // aligned to 16 bytes
   Dtype dtype;         // not float64
   int64_t extents[4];  // C, W, H, N
-  int64_t strides[3];  // of W, H, N in bytes: multiples of 16
+  int64_t strides[3];  // of W, H, N in bytes: multiples of 16, and each of the one before
   int box_channels;    // a multiple of 16 bytes
   int box_cols;        // at most 256
-  int64_t box_bytes() const { return int64_t{box_channels} * box_cols * element_bytes(); }
   int64_t element_bytes() const { return dtype == Dtype::kFloat32 ? 4 : 2; }
 };
 
 constexpr int kTmaAlignment = 128;  // of a box in shared memory, in bytes
-constexpr int64_t kTmaMaxStride = int64_t{1} << 40, kTmaMaxExtent = int64_t{1} << 32;
+constexpr int kTmaGrain = 16;       // bytes: tensors are aligned to them, strides and channels of a box multiples
+constexpr int64_t kTmaMaxStride = int64_t{1} << 40;
+
+// Why a tensor cannot be described to the copy engine, by the rules of cuTensorMapEncodeTiled(); empty if it can.
+inline std::string why_not_tensor_map(const TensorView& view) {
+  if (reinterpret_cast<uintptr_t>(view.data) % kTmaGrain != 0) return "the input is not aligned to 16 bytes";
+  int64_t inner = 1, below = view.extents[0] * view.element_bytes();  // the stride inside, the bytes that it spans
+  for (int i = 0; i < 3; ++i) {
+    const int64_t stride = view.strides[i];
+    if (stride % kTmaGrain != 0) return "the input's pixels are not aligned to 16 bytes";
+    if (stride <= 0 || stride < below || stride % inner != 0) return "the input's axes overlap or do not nest";
+    if (stride >= kTmaMaxStride) return "a stride of the input is beyond 2^40 bytes";
+    inner = stride, below = stride * view.extents[i + 1];
+  }
+  return "";
+}
 
 #if defined(XSEP_EMULATE_CUDA)
 
@@ -98,7 +112,18 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
 }
 
-inline std::string why_no_tma() { return tensor_map_encoder() ? "" : "the driver has no tensor maps"; }
+// Cards that have bulk copies run code for older ones where there is no other; the kernels are empty there.
+constexpr bool built_for_tma() {
+  for (const int arch : {__CUDA_ARCH_LIST__}) {
+    if (arch >= 900) return true;
+  }
+  return false;
+}
+
+inline std::string why_no_tma() {
+  if (!built_for_tma()) return "this installation has no code for sm_90 or newer";
+  return tensor_map_encoder() ? "" : "the driver has no tensor maps";
+}
 
 inline bool make_tensor_map(const TensorView& view, TensorMap* map) {
   const CUtensorMapDataType type = view.dtype == Dtype::kFloat32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32

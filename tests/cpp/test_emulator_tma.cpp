@@ -98,6 +98,12 @@ void mistakes() {
   of(from, "a tensor anywhere", "not aligned to 16 bytes");
   from = view(), from.strides[0] = 4 * (kC + 1);
   of(from, "strides", "strides are not multiples of 16 bytes");
+  from = view(), from.strides[0] = 0;
+  of(from, "a pixel again and again", "axes overlap");
+  from = view(), from.strides[2] = 4 * kC * kW;
+  of(from, "images that overlap", "axes overlap");
+  from = view(), from.strides[2] += 4 * kC;
+  of(from, "images that begin within a row", "do not nest");
   from = view(), from.extents[2] = 0;
   of(from, "no rows", "an empty tensor");
   from = view(), from.box_channels = 3, from.box_cols = 4;
