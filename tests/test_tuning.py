@@ -153,6 +153,14 @@ def test_what_cannot_run_is_no_candidate(timed):
         backend.fprop(problem(dtype=torch.float16), *tensors(problem(dtype=torch.float16))[:2], None)
 
 
+def test_a_single_candidate_needs_no_timing(timed):
+    backend = timed(1, candidates=lambda p, pass_: {"aten": aten})
+    p = problem()
+    x, w, _ = tensors(p)
+    assert torch.equal(backend.fprop(p, x, w, None), aten.fprop(p, x, w, None))
+    assert backend._clock.seen == 0 and backend.times == {}
+
+
 def test_addresses_that_the_chosen_family_does_not_take(timed):
     p, backend = problem(dtype=torch.float16), timed(1, 2, 3)
     x, w, _ = tensors(p)

@@ -110,12 +110,12 @@ class TimedBackend:
     def _choose(self, pass_: int, p: Problem, tensors: tuple):
         candidates = self._candidates(p, pass_)
         times = {name: ms for name, ms in self.measured(p, pass_).items() if name in candidates}
-        if not times:
+        if not times and len(candidates) > 1:
             if _capturing():
                 return self._rule(p)
             times = self._time(candidates, pass_, p, tensors)
             self.times.setdefault(_card_name(p), {})[_key(p, pass_)] = times
-        chosen = self._chosen[pass_, p] = candidates[min(times, key=lambda name: times[name])]
+        chosen = self._chosen[pass_, p] = candidates[min(times or candidates, key=lambda name: times.get(name, 0))]
         return chosen
 
     def _time(self, candidates: dict[str, Any], pass_: int, p: Problem, tensors: tuple) -> dict[str, float]:
