@@ -22,7 +22,7 @@
 //   5x5 / 2     91,  88,  91     89,  90,  90
 //   7x7 / 2    167, 168, 167    143, 147, 147
 //
-// Never run on a GPU: off until the self-test has passed on the card.
+// Off until the self-test has passed on the card, as it has on an H100.
 #pragma once
 
 #include "depthwise_fprop_nhwc.cuh"

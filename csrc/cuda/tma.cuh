@@ -6,7 +6,7 @@
 // last read of the one before; whoever reads a box calls tma_wait() first, with the parity of the number of boxes that
 // the barrier has had before: 0, 1, 0, ...
 //
-// This and device.h are all that knows GPU or emulator.  Never run on a GPU.
+// This and device.h are all that knows GPU or emulator.
 #pragma once
 
 #include <cstdint>
