@@ -129,6 +129,33 @@ def overhead() -> float:
     return found["operator"].median - found["kernel"].median
 
 
+def tiny_training(device: str, layers: int = 20) -> dict[str, common.Times]:
+    """Seconds a layer of forward and backward under autocast, of layers so tiny that kernels hardly count."""
+    x = torch.randn(1, 16, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
+    weights = [torch.randn(16, 1, 3, 3, device=device, requires_grad=True) for _ in range(layers)]
+
+    def training(convolve):
+        def step():
+            y = x
+            with torch.autocast(device, torch.bfloat16 if device == "cpu" else torch.float16):
+                for w in weights:
+                    y = convolve(y, w)
+            y.sum().backward()
+            for w in weights:
+                w.grad = None
+            if device == "cuda":
+                torch.cuda.synchronize()
+
+        return step
+
+    convolutions = {
+        "xsep": lambda y, w: xsep.depthwise_conv2d(y, w, padding=1),
+        "torch": lambda y, w: torch.nn.functional.conv2d(y, w, padding=1, groups=16),
+    }
+    found = common.interleaved({name: training(each) for name, each in convolutions.items()}, 21, 5e-3, 4.0)
+    return {name: common.Times(*(value / layers for value in values)) for name, values in found.items()}
+
+
 def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
@@ -275,6 +302,8 @@ def measure_all(
     if device == "cpu":
         beyond, target = overhead() * 1e6, OVERHEAD_TARGET * 1e6
         print(f"xsep.depthwise_conv2d takes {beyond:.1f} us beyond its kernel (target {target:.0f} us)")
+    tiny = {name: f"{values.median * 1e6:.0f} us" for name, values in tiny_training(device).items()}
+    print(f"Forward and backward of a tiny layer under autocast: xsep {tiny['xsep']}, torch {tiny['torch']}")
     return rows
 
 

@@ -13,6 +13,8 @@ dgrad.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.library import Library
@@ -38,6 +40,7 @@ lib.define(f"wgrad(Tensor dy, Tensor x, SymInt[] w_sizes, {_GEOMETRY}) -> Tensor
 lib.define(f"dgrad_wgrad(Tensor dy, Tensor x, Tensor w, {_GEOMETRY}) -> (Tensor, Tensor)")
 ops = torch.ops.xsep
 _PLAIN = (Tensor, torch.nn.Parameter)
+_AUTOCAST = ("cpu", "cuda")  # the devices whose autocast the operators follow
 
 
 def _problem(t: Tensor, nhwc: bool, x_sizes, w_sizes, stride, pad, dilation) -> Problem:
@@ -95,34 +98,45 @@ for _name, _kernel in (("fprop", _fprop), ("dgrad", _dgrad), ("wgrad", _wgrad), 
         lib.impl(_name, _kernel, _key)
 
 
-def _unless_watched(operator, kernel):
-    """``operator``, but its kernel alone where no gradient, autocast, subclass, mode, tracer or profiler has to see it.
-
-    torch's dispatcher takes longer than small kernels: about 12 us.
-    """
-
-    def call(a: Tensor, b: Tensor, c, *rest):
-        return operator(a, b, c, *rest) if is_compiling() or _watched(a, b, c) else kernel(a, b, c, *rest)
-
-    return call
-
-
 def _watched(*arguments) -> bool:
-    grad = torch.is_grad_enabled()
-    for t in arguments:
-        if isinstance(t, Tensor) and (type(t) not in _PLAIN or (grad and t.requires_grad)):
-            return True
+    """Whether a subclass, mode, tracer or profiler has to see an operator; where none has, its kernel can be called.
+
+    torch's dispatcher takes longer than small kernels: about 12 us, and several times that with a backward in Python.
+    """
     return bool(
-        torch._C._len_torch_dispatch_stack()
+        is_compiling()
+        or any(type(t) not in _PLAIN for t in arguments)
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
         or torch._C._are_functorch_transforms_active()
-        or is_autocast_enabled(arguments[0].device.type)
         or torch._C._autograd._profiler_enabled()
     )
 
 
-fprop = _unless_watched(ops.fprop, _fprop)
+def _needs_grad(*arguments: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in arguments)
+
+
+def _unless_watched(operator, kernel):
+    def call(a: Tensor, b: Tensor, c, *rest):
+        tensors = (a, b, c) if isinstance(c, Tensor) else (a, b)
+        return (operator if _watched(*tensors) or _needs_grad(*tensors) else kernel)(a, b, c, *rest)
+
+    return call
+
+
+def fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, pad, dilation) -> Tensor:
+    """``ops.fprop``, with as little between caller and kernel as gradients and autocast allow."""
+    tensors = (x, w) if bias is None else (x, w, bias)
+    if _watched(*tensors):
+        return ops.fprop(x, w, bias, stride, pad, dilation)
+    if x.device.type in _AUTOCAST and is_autocast_enabled(x.device.type):
+        return _autocast_fprop(x.device.type, fprop, x, w, bias, stride, pad, dilation)
+    run = _Fprop.apply if _needs_grad(*tensors) else _fprop
+    return run(x, w, bias, stride, pad, dilation)
+
+
 dgrad = _unless_watched(ops.dgrad, _dgrad)
 wgrad = _unless_watched(ops.wgrad, _wgrad)
 dgrad_wgrad = _unless_watched(ops.dgrad_wgrad, _dgrad_wgrad)
@@ -222,23 +236,31 @@ register_autograd("xsep::wgrad", _wgrad_backward, setup_context=_keep(2), lib=li
 register_autograd("xsep::dgrad_wgrad", _dgrad_wgrad_backward, setup_context=_keep(3), lib=lib)
 
 
-def _register_autocast(device_type: str) -> None:
+def _autocast_fprop(device_type: str, run, x, w, bias, stride, pad, dilation):
     # torch.library.register_autocast fixes one dtype; this follows the active one, and like torch leaves float64 alone.
+    dtype = autocast_dtype(device_type)
 
-    def kernel(x, w, bias, stride, pad, dilation):
-        dtype = autocast_dtype(device_type)
+    def cast(t):
+        return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
 
-        def cast(t):
-            return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-
-        with disable_autocast():
-            return ops.fprop(cast(x), cast(w), cast(bias), stride, pad, dilation)
-
-    lib.impl("fprop", kernel, "Autocast" + device_type.upper())
+    with disable_autocast():
+        return run(cast(x), cast(w), cast(bias), stride, pad, dilation)
 
 
-_register_autocast("cpu")
-_register_autocast("cuda")
+for _type in _AUTOCAST:
+    lib.impl("fprop", partial(_autocast_fprop, _type, ops.fprop), "Autocast" + _type.upper())
+
+
+class _Fprop(torch.autograd.Function):
+    """What ``register_autograd`` makes of ``fprop``, for callers that need no dispatcher."""
+
+    @staticmethod
+    def forward(ctx, x, w, bias, stride, pad, dilation):
+        ctx.save_for_backward(x, w)
+        ctx.has_bias, ctx.geometry = bias is not None, (stride, pad, dilation)
+        return _fprop(x, w, bias, stride, pad, dilation)
+
+    backward = staticmethod(_fprop_backward)
 
 
 def _flops(y_sizes, w_sizes) -> int:
