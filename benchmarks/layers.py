@@ -6,7 +6,8 @@
 A row is one pass (fprop, dgrad, wgrad, or dgrad_wgrad: both gradients) of one layer at one batch size, as users and
 autograd call it: xsep.depthwise_conv2d and what its backward calls, outputs allocated by every call.  torch's side is
 F.conv2d and the aten operator behind its backward, in the same layout; on a GPU the faster of cuDNN, which tries its
-algorithms first, and ATen's own kernels, with cold caches.  GB/s counts each input read once and each output written
+algorithms first, and ATen's own kernels, with cold caches.  There the Triton kernels have a column of their own; they
+are xsep's side where the CUDA kernels are not installed.  GB/s counts each input read once and each output written
 once; "of copy" divides it by the bandwidth of tensor.copy_ measured just before, also read plus write.
 """
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 import xsep
 from xsep.ops import cpu, library
+from xsep.ops.backends import BACKENDS
 from xsep.ops.problem import Problem
 from xsep.shapes import NETWORKS, Shape
 from xsep.testing import assert_no_worse_than_torch
@@ -87,8 +89,22 @@ def moved_bytes(name: str, x, w, dy) -> int:
     }[name]
 
 
+def backends_on(device: str) -> list[str]:
+    """xsep's, the one that it prefers first."""
+    on_gpu = [name for name in ("cuda", "triton") if BACKENDS[name].why_not_kind("cuda", torch.float32, 0) is None]
+    return ["cpu"] if device == "cpu" else on_gpu
+
+
+def under(backend: str, call):
+    def run():
+        with xsep.backend(backend):
+            return call()
+
+    return run
+
+
 def measure(variants, device: str, samples: int, max_seconds: float) -> dict[str, common.Times]:
-    """On a GPU "torch" lets cuDNN try its algorithms, and "aten" is torch without cuDNN."""
+    """On a GPU "torch" lets cuDNN try its algorithms, and "aten" is torch without cuDNN; "triton" is xsep's."""
     if device == "cpu":
         return common.interleaved(variants, samples, 2e-3, max_seconds)
 
@@ -97,7 +113,8 @@ def measure(variants, device: str, samples: int, max_seconds: float) -> dict[str
             return variants["torch"]()
 
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        return common.gpu_interleaved({**variants, "aten": without_cudnn}, samples)
+        others = {name: under(name, variants["xsep"]) for name in backends_on(device)[1:]}
+        return common.gpu_interleaved({**variants, **others, "aten": without_cudnn}, samples)
 
 
 def check(shape: Shape, name: str, dtype: torch.dtype, layout: str, device: str = "cpu") -> None:
@@ -235,6 +252,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--samples must be at least 1; got {args.samples}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU that it can use")
+    if not backends_on(args.device):
+        parser.error("--device cuda: " + "; ".join(str(BACKENDS[name].why_absent()) for name in ("cuda", "triton")))
     return args
 
 
@@ -252,7 +271,9 @@ def measure_all(
     copy = common.copy_bandwidth(device)
     cache = common.last_level_cache(device)
     print(f"copy bandwidth {copy / 1e9:.1f} GB/s, last-level cache {cache >> 20} MB\n")
-    print(f"{'':62s} {'ms':>9s} {'torch ms':>9s} {'spread':>6s} {'GB/s':>6s} {'of copy':>7s} {'ratio':>6s}")
+    ours, *others = backends_on(device)
+    title = "".join(f" {name + ' ms':>9s}" for name in (ours, "torch", *others))
+    print(f"{'':62s}{title} {'spread':>6s} {'GB/s':>6s} {'of copy':>7s} {'ratio':>6s}")
     work = [
         (network, shape._replace(N=batch), layout, name)
         for network in networks
@@ -262,13 +283,16 @@ def measure_all(
         for batch in batch_sizes
     ]
     rows = []
-    with torch.no_grad(), xsep.backend(device), tqdm(work, unit="row", disable=None) as progress:
+    with torch.no_grad(), xsep.backend(ours), tqdm(work, unit="row", disable=None) as progress:
         for network, shape, layout, name in progress:
             if shape.N == batch_sizes[0]:
-                check(shape, name, dtype, layout, device)
+                for backend in (ours, *others):
+                    with xsep.backend(backend):
+                        check(shape, name, dtype, layout, device)
             x, w, dy = tensors(shape, dtype, layout, device)
             measured = measure(calls(shape, name, x, w, dy), device, samples, max_seconds)
-            ours = measured.pop("xsep")
+            mine = measured.pop("xsep")
+            beside = {f"{name}_ms": measured.pop(name).median * 1e3 for name in others}
             theirs = min(measured.values())
             moved = moved_bytes(name, x, w, dy)
             row = {
@@ -281,20 +305,23 @@ def measure_all(
                 "W": shape.W,
                 "kernel": shape.R,
                 "stride": shape.stride[0],
-                "ms": ours.median * 1e3,
+                "ms": mine.median * 1e3,
                 "torch_ms": theirs.median * 1e3,
+                **beside,
                 **({"aten_ms": measured["aten"].median * 1e3} if "aten" in measured else {}),
-                "spread": ours.spread,
+                "spread": mine.spread,
                 "torch_spread": theirs.spread,
                 "bytes": moved,
-                "gb_per_s": moved / ours.median / 1e9,
-                "of_copy": moved / ours.median / copy,
+                "gb_per_s": moved / mine.median / 1e9,
+                "of_copy": moved / mine.median / copy,
                 "beyond_cache": moved > cache,
-                "ratio": theirs.median / ours.median,
+                "ratio": theirs.median / mine.median,
             }
             rows.append(row)
             progress.write(
-                f"{describe(row)} {row['ms']:9.3f} {row['torch_ms']:9.3f} {row['spread']:6.0%} "
+                f"{describe(row)} {row['ms']:9.3f} {row['torch_ms']:9.3f} "
+                + "".join(f"{milliseconds:9.3f} " for milliseconds in beside.values())
+                + f"{row['spread']:6.0%} "
                 f"{row['gb_per_s']:6.1f} {row['of_copy']:7.0%} {row['ratio']:6.2f}"
             )
     print()

@@ -10,6 +10,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when the kernels are first imported
+
 import xsep
 from xsep.ops import cpu
 from xsep.ops.backends import BACKENDS
@@ -18,6 +21,7 @@ settings.register_profile("xsep", deadline=None, derandomize=True)
 settings.load_profile("xsep")
 
 CUDA = ("cuda-emulated", pytest.param("cuda", marks=pytest.mark.gpu))
+TRITON = ("triton",) if not torch.cuda.is_available() else (pytest.param("triton", marks=pytest.mark.gpu),)
 
 
 @pytest.fixture(autouse=True)
@@ -37,14 +41,21 @@ def threads():
 
 @pytest.fixture(params=["cpu", *CUDA])
 def backend(request):
-    """Each backend of our own kernels, forced; its ``device`` is where tensors have to be."""
+    """Each backend of compiled kernels, forced; its ``device`` is where tensors have to be."""
     with running(request.param) as found:
         yield found
 
 
-@pytest.fixture(params=[*(f"cpu {isa}" for isa in cpu._C.isas()), *CUDA])
+@pytest.fixture(params=["cpu", *CUDA, *TRITON])
+def any_backend(request):
+    """``backend``, and Triton's, which is slow where it is interpreted."""
+    with running(request.param) as found:
+        yield found
+
+
+@pytest.fixture(params=[*(f"cpu {isa}" for isa in cpu._C.isas()), *CUDA, *TRITON])
 def kernels(request):
-    """``backend``, the CPU's with each instruction set."""
+    """``any_backend``, the CPU's with each instruction set."""
     name, *isa = request.param.split()
     before = cpu._C.current_isa()
     with running(name) as found:
@@ -60,6 +71,11 @@ def cuda(request):
         yield found
 
 
+def interpreted(found):
+    """Whether a backend is Triton's under the interpreter: no bfloat16, and milliseconds for each tap of each tile."""
+    return found.name == "triton" and found.device == "cpu"
+
+
 @contextmanager
 def running(name):
     """Forces a backend, or skips the test where it cannot run."""
@@ -68,7 +84,9 @@ def running(name):
         # Where the tests' environment asks for the module, not having it is a failure.
         end = pytest.fail if os.environ.get("XSEP_EMULATE_CUDA") == "1" else pytest.skip
         end(f"install with XSEP_EMULATE_CUDA=1 in the environment: {found.why_absent()}")
-    if name == "cuda":
+    if name == "triton" and found.why_absent() is not None:
+        pytest.skip(found.why_absent())
+    if name == "cuda" or (name == "triton" and found.device == "cuda"):
         if not torch.cuda.is_available():
             pytest.skip("there is no CUDA device that torch can use")
         if found.why_absent() is not None:

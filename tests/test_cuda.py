@@ -370,7 +370,7 @@ def test_a_failed_selftest_switches_off_and_is_remembered(no_verdicts, monkeypat
             selftest.ensure(EMULATED, dtype, 0)
         assert EMULATED.kernel(p) == "depthwise_generic"
         monkeypatch.setattr(selftest, "_ensured", {})
-        monkeypatch.setattr(selftest, "_driver", lambda module: "another")
+        monkeypatch.setattr(selftest, "_driver", lambda backend: "another")
         assert not selftest.is_known(EMULATED, dtype, 0)
         monkeypatch.setenv("XSEP_SKIP_SELFTEST", "1")
         selftest.ensure(EMULATED, dtype, 0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from .ops import backends, cuda
+from .ops import backends, cuda, triton
 from .ops import cpu as cpu_backend
 from .ops.problem import Problem
 
@@ -38,6 +38,7 @@ def built() -> dict[str, str]:
         found["large outputs"] = "recycled" if module.recycles() else "allocated by torch at every call"
         found["CUDA kernels"] = module.cuda
         found["CUDA emulated"] = cuda.EMULATED.why_absent() or str(cuda.EMULATED.module.__file__)
+    found["Triton kernels"] = triton.BACKEND.why_absent() or triton.BACKEND.origin()
     return found
 
 

@@ -1,14 +1,14 @@
-"""``python -m xsep.selftest``: every CUDA kernel of this installation against float64, on the card at hand.
+"""``python -m xsep.selftest``: every CUDA or Triton kernel of this installation against float64, on the card at hand.
 
 The ``cuda`` backend runs the part for a dtype before a card's first problem of it, in a process of its own, and keeps
 the verdict in ``$XDG_CACHE_HOME/xsep``, for this binary, card and driver.  A kernel family that fails is switched off
-with a warning.  ``XSEP_SKIP_SELFTEST=1`` trusts all.
+with a warning.  ``XSEP_SKIP_SELFTEST=1`` trusts all.  The ``triton`` backend heeds a verdict
+of this program, and runs nothing of its own accord: compiling all cases takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
@@ -17,9 +17,8 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
-from typing import Callable, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -233,6 +232,11 @@ def is_known(backend: CudaBackend, dtype: torch.dtype, card: int) -> bool:
     return skipped or (backend.name, dtype, card) in _ensured or _read(backend, dtype, card) is not None
 
 
+def known_failures(backend: Any, dtype: torch.dtype, card: int) -> list[str]:
+    """The families that failed when the self-test was last run on a card; none if it never was."""
+    return [] if os.environ.get("XSEP_SKIP_SELFTEST") == "1" else _read(backend, dtype, card) or []
+
+
 def ensure(backend: CudaBackend, dtype: torch.dtype, card: int) -> None:
     """Sees to it that the kernels that passed are enabled and no others, by running them if no verdict is known."""
     key = backend.name, dtype, card
@@ -328,21 +332,16 @@ def _verdicts() -> Path:
     return Path(cache) / "xsep" / "selftest.json"
 
 
-def _key(backend: CudaBackend, card: int) -> str:
-    return f"{_binary(backend.module.__file__)}, {backend.card(card).name}, {_driver(backend.module)}"
+def _key(backend: Any, card: int) -> str:
+    return f"{backend.binary()}, {backend.card(card).name}, {_driver(backend)}"
 
 
-@lru_cache
-def _binary(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-def _driver(module) -> str:
+def _driver(backend: Any) -> str:
     try:
         version = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except (OSError, IndexError):
         version = "driver"
-    return f"{version} for CUDA {module.cuda_driver_version()}"
+    return f"{version} for {backend.runtime()}"
 
 
 def table(results: list[Result]) -> str:
@@ -359,7 +358,9 @@ def table(results: list[Result]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m xsep.selftest", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--backend", choices=("cuda", "cuda-emulated"), help="default: cuda if it can run here")
+    parser.add_argument(
+        "--backend", choices=("cuda", "cuda-emulated", "triton"), help="default: cuda if it can run here"
+    )
     names = [str(dtype).replace("torch.", "") for dtype in DTYPES]
     parser.add_argument("--dtypes", nargs="+", choices=names, default=names)
     parser.add_argument("--device", type=int, default=0, help="index of the CUDA device")
@@ -371,8 +372,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{backend.name} cannot run: {reason}", file=sys.stderr)
         return 2
     card = backend.card(options.device)
-    print(f"{backend.name} on {card.name}, sm_{card.arch}, {_driver(backend.module)}")
-    print(f"{backend.module.__file__} ({backend.module.cuda})")
+    print(f"{backend.name} on {card.name}, {card.arch_name}, {_driver(backend)}")
+    print(backend.origin())
     results = []
     for dtype in (dtype for dtype, name in zip(DTYPES, names) if name in options.dtypes):
         without = [family for family in options.without if family in backend.families(dtype)]

@@ -58,6 +58,7 @@ void bind_cuda(py::module_& m) {
   py::class_<cuda::Card>(m, "Card", py::module_local())
       .def_readonly("name", &cuda::Card::name)
       .def_readonly("arch", &cuda::Card::arch)
+      .def_property_readonly("arch_name", [](const cuda::Card& card) { return "sm_" + std::to_string(card.arch); })
       .def_readonly("multiprocessors", &cuda::Card::multiprocessors)
       .def_readonly("shared_bytes", &cuda::Card::shared_bytes);
   m.def("cuda_cards", &cuda::cards);

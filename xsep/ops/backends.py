@@ -16,7 +16,7 @@ from typing import Any, Iterator, Protocol
 import torch
 from torch import Tensor
 
-from . import aten, cpu, cuda, tuning
+from . import aten, cpu, cuda, triton, tuning
 from .problem import Problem, check_sizes
 
 NAMES = ("cpu", "cuda", "cuda-emulated", "triton", "aten")
@@ -34,21 +34,11 @@ class Backend(Protocol):
     def dgrad_wgrad(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-class _Absent:
-    """A backend this installation does not have; it exists to say so."""
-
-    def __init__(self, name: str, reason: str):
-        self.name, self._reason = name, reason
-
-    def why_not(self, problem: Problem) -> str | None:
-        return self._reason
-
-
-BACKENDS: dict[str, Any] = {  # a module and _Absent stand in for Backend
+BACKENDS: dict[str, Any] = {  # a module stands in for a Backend
     "cpu": cpu.BACKEND,
     "cuda": cuda.CUDA,
     "cuda-emulated": cuda.EMULATED,
-    "triton": _Absent("triton", "this version of xsep has no Triton kernels"),
+    "triton": triton.BACKEND,
     "aten": aten,
 }
 
@@ -102,6 +92,15 @@ def _choose(problem: Problem, forced: str | None) -> Backend:
     if name == "aten" and order[0] != "aten":
         _warn_once(problem.device, problem.dtype, BACKENDS[order[0]].why_not(problem))
     return BACKENDS[name]
+
+
+def compiled_by_triton(device: str, dtype: torch.dtype, index: int) -> bool:
+    """Whether Triton runs all operators of a device and dtype: compilers see through them then."""
+    if device != "cuda" or BACKENDS["triton"].why_not_kind(device, dtype, index) is not None:
+        return False
+    if _forced is not None:
+        return _forced == "triton"
+    return BACKENDS["cuda"].why_not_kind(device, dtype, index) is not None
 
 
 def candidates(problem: Problem, pass_: int) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _located(t: Tensor | None):
     return t.data_ptr(), t.stride()
 
 
-def _readable(t: Tensor, p: Problem) -> Tensor:
+def readable(t: Tensor, p: Problem) -> Tensor:
     """``t`` if the kernels can read it in place: channels (NHWC) or columns (NCHW) contiguous, whatever else."""
     if t.stride(1 if p.nhwc else 3) == 1:
         return t
@@ -89,30 +89,30 @@ class CompiledBackend:
         raise NotImplementedError
 
     def fprop(self, p: Problem, x: Tensor, w: Tensor, bias: Tensor | None, on_load=None) -> Tensor:
-        x, w, y = _readable(x, p), w.contiguous(), self._empty(p.y, p, x)
+        x, w, y = readable(x, p), w.contiguous(), self._empty(p.y, p, x)
         bias = None if bias is None else bias.contiguous()
         self._run(FPROP, p, y, arguments(x, None, w, bias, y, None, on_load), _relu(on_load))
         return y
 
     def dgrad(self, p: Problem, dy: Tensor, w: Tensor) -> Tensor:
-        dy, w, dx = _readable(dy, p), w.contiguous(), self._empty(p.x, p, dy)
+        dy, w, dx = readable(dy, p), w.contiguous(), self._empty(p.x, p, dy)
         self._run(DGRAD, p, dx, arguments(None, dy, w, None, dx, None), None)
         return dx
 
     def wgrad(self, p: Problem, dy: Tensor, x: Tensor, on_load=None) -> Tensor:
-        dy, x, dw = _readable(dy, p), _readable(x, p), x.new_empty(p.w)
+        dy, x, dw = readable(dy, p), readable(x, p), x.new_empty(p.w)
         self._run(WGRAD, p, dw, arguments(x, dy, None, None, None, dw, on_load), _relu(on_load))
         return dw
 
     def dgrad_wgrad(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        dy, x, w = _readable(dy, p), _readable(x, p), w.contiguous()
+        dy, x, w = readable(dy, p), readable(x, p), w.contiguous()
         dx, dw = self._empty(p.x, p, x), x.new_empty(p.w)
         self._run(DGRAD_WGRAD, p, dx, arguments(x, dy, w, None, dx, dw), None)
         return dx, dw
 
     def dgrad_wgrad_on_load(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor, on_load):
         """(dx, dw, dscale, dshift) through ``on_load``; the gradient of center is ``-scale * dshift``."""
-        dy, x, w = _readable(dy, p), _readable(x, p), w.contiguous()
+        dy, x, w = readable(dy, p), readable(x, p), w.contiguous()
         dx, dw = self._empty(p.x, p, x), x.new_empty(p.w)
         sums = torch.empty_like(on_load[0]), torch.empty_like(on_load[0])
         self._run(DGRAD_WGRAD, p, dx, arguments(x, dy, w, None, dx, dw, on_load, sums), on_load[3])

@@ -7,7 +7,9 @@ to trust.
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Callable
 
 import torch
@@ -36,18 +38,24 @@ class CudaBackend(CompiledBackend):
         return self._only[family]
 
     def why_not(self, problem: Problem) -> str | None:
+        reason = self.why_not_kind(problem.device, problem.dtype, problem.device_index)
+        if reason is not None:
+            return reason
+        if self.device == "cuda":
+            self._test_first(problem)
+        return self._why_no_family(problem)
+
+    def why_not_kind(self, device: str, dtype: torch.dtype, index: int) -> str | None:
+        """Why no problem of a device and dtype runs, whatever its sizes."""
         reason = self.why_absent()
         if reason is not None:
             return reason
-        if problem.device != self.device:
+        if device != self.device:
             where = "CUDA devices" if self.device == "cuda" else "the CPU"
-            return f"its tensors live on {where}, not on {problem.device}"
-        if problem.dtype not in DTYPES:
-            return f"it has no kernels for {problem.dtype}"
-        reason = self.why_not_card(_card(problem))
-        if reason is None and self.device == "cuda":
-            self._test_first(problem)
-        return reason or self._why_no_family(problem)
+            return f"its tensors live on {where}, not on {device}"
+        if dtype not in DTYPES:
+            return f"it has no kernels for {dtype}"
+        return self.why_not_card(max(index, 0))
 
     def why_absent(self) -> str | None:
         """Why this installation does not have the backend."""
@@ -65,7 +73,7 @@ class CudaBackend(CompiledBackend):
         reason = _why_no_code(self, index)
         if reason:
             card = self.card(index)
-            return f"it has no code for {card.name}, sm_{card.arch} ({self.module.cuda}): {reason}"
+            return f"it has no code for {card.name}, {card.arch_name} ({self.module.cuda}): {reason}"
         return None
 
     def kernel(self, problem: Problem, pass_: int = FPROP, relu: bool | None = None) -> str:
@@ -101,8 +109,19 @@ class CudaBackend(CompiledBackend):
         self.choice_changes()
 
     def card(self, index: int) -> Any:
-        """What the kernels' choice depends on: name, arch, multiprocessors, shared_bytes."""
+        """What the kernels' choice depends on: name, arch, arch_name, multiprocessors, shared_bytes."""
         return self.module.cuda_cards()[index]
+
+    # What the self-test keeps and prints.
+
+    def binary(self) -> str:
+        return _hash(self.module.__file__)
+
+    def runtime(self) -> str:
+        return f"CUDA {self.module.cuda_driver_version()}"
+
+    def origin(self) -> str:
+        return f"{self.module.__file__} ({self.module.cuda})"
 
     def _why_no_family(self, problem: Problem) -> str | None:
         """Why some pass would have no kernel, for slices that begin anywhere."""
@@ -138,6 +157,11 @@ class CudaBackend(CompiledBackend):
     def _stream(self, out: Tensor) -> int:
         # torch.cuda.current_stream makes an object of it, which takes as long as the rest of a call.
         return torch._C._cuda_getCurrentRawStream(out.get_device()) if self.device == "cuda" else 0
+
+
+@lru_cache
+def _hash(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def _card(p: Problem) -> int:

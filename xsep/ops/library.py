@@ -263,6 +263,12 @@ class _Fprop(torch.autograd.Function):
     backward = staticmethod(_fprop_backward)
 
 
+if hasattr(torch.library, "triton_op"):
+    from ..triton.library import see_through
+
+    see_through(lib, backends.BACKENDS["triton"], backends.compiled_by_triton)
+
+
 def _flops(y_sizes, w_sizes) -> int:
     N, K, P, Q = y_sizes
     return 2 * N * K * P * Q * w_sizes[2] * w_sizes[3]

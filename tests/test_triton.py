@@ -1,0 +1,298 @@
+"""The Triton kernels without a GPU: every configuration in the interpreter, code for GPUs, tracing, tuning.
+
+The operators' own tests run them too, in the interpreter, or on a GPU where there is one.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import needs
+import pytest
+import torch
+from conftest import interpreted
+from conv_cases import LAYOUTS
+from test_ops import check_all_maps, tensors
+
+import xsep
+from xsep import info, selftest
+from xsep.ops import triton as triton_backend
+from xsep.ops.backends import BACKENDS
+from xsep.ops.problem import Problem
+from xsep.shapes import Shape
+from xsep.triton import configs, tuning
+
+ROOT = Path(__file__).parents[1]
+TRITON = BACKENDS["triton"]
+XCEPTION = ((8, 728, 19, 19), (728, 1, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+LARGE_FILTERS = {
+    "8x8": Shape(1, 5, 9, 9, 8, 8, pad=(4, 3, 4, 3)),
+    "8x8_multiplier_stride2": Shape(2, 3, 10, 9, 8, 8, 2, (2, 2), (3, 3, 4, 4)),
+    "7x7_stride2": Shape(1, 4, 9, 17, 7, 7, 1, (2, 2), (3, 3, 3, 3)),
+    "2x33": Shape(1, 4, 3, 12, 2, 33, pad=(0, 1, 16, 16)),
+}
+
+
+@pytest.fixture
+def triton():
+    if TRITON.why_absent() is not None:
+        pytest.skip(TRITON.why_absent())
+    if not interpreted(TRITON):
+        pytest.skip("the interpreter is for machines without a GPU")
+    with xsep.backend("triton"):
+        yield TRITON
+
+
+def problem(nhwc, dtype=torch.float32, sizes=XCEPTION, device="cuda"):
+    return Problem(device, dtype, nhwc, *sizes, 0 if device == "cuda" else -1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("name", LARGE_FILTERS)
+def test_large_filters(name, layout, triton):
+    check_all_maps(LARGE_FILTERS[name], torch.float32, layout, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "C"),
+    [(torch.contiguous_format, torch.float32, 3), (torch.channels_last, torch.float16, 34)],
+    ids=["NCHW", "NHWC"],
+)
+def test_every_configuration(layout, dtype, C, triton, monkeypatch):
+    """The tiles that GPUs use, on images that they do not divide; partial results of several programs."""
+    case = Shape(3, C, 3, 9, 3, 3, 1, (1, 1), (1, 1, 1, 1))
+    p = problem(layout == torch.channels_last, dtype, (case.x_sizes, case.w_sizes, *case.geometry), "cpu")
+    tried = {config for pass_ in range(4) for config in configs.candidates(p, pass_)}
+    assert len(tried) >= 6
+    summed = []
+
+    def splits(units, blocks, multiprocessors):
+        summed.append(min(units, 3))
+        return summed[-1]
+
+    monkeypatch.setattr(configs, "splits", splits)
+    for config in sorted(tried):
+        monkeypatch.setattr(configs, "INTERPRETED", config)
+        check_all_maps(case, dtype, layout, "cpu")
+    assert max(summed) == 3
+
+
+def test_gradients(triton):
+    x, w, _, _ = tensors(Shape(1, 2, 3, 4, 3, 3, pad=(1, 1, 1, 1)), torch.float64, torch.channels_last)
+    x, w = (t.detach().requires_grad_() for t in (x, w))
+    assert torch.autograd.gradcheck(lambda x, w: xsep.depthwise_conv2d(x, w, padding=1), (x, w))
+
+
+def test_nan_passes_through_relu_on_load(triton):
+    x = torch.tensor([[-1.0, float("nan"), 2.0]]).view(1, 1, 1, 3)
+    one, zero = torch.ones(1), torch.zeros(1)
+    p = problem(False, torch.float32, ((1, 1, 1, 3), (1, 1, 1, 1), (1, 1), (0,) * 4, (1, 1)), "cpu")
+    y = triton.fprop(p, x, torch.ones(1, 1, 1, 1), None, (zero, one, zero, True))
+    assert y[0, 0, 0, 0] == 0 and y[0, 0, 0, 1].isnan() and y[0, 0, 0, 2] == 2
+
+
+def test_why_not(triton, monkeypatch):
+    p = problem(True, device="cpu")
+    assert triton.why_not(p) is None
+    assert triton.why_not(p._replace(dtype=torch.bfloat16)) == "Triton's interpreter truncates to bfloat16"
+    assert triton.why_not(p._replace(dtype=torch.complex64)) == "it has no kernels for torch.complex64"
+    assert "live on the CPU, under TRITON_INTERPRET=1, not on cuda" in triton.why_not(problem(True))
+    assert "2^31 programs" in triton.why_not(p._replace(x=(2**31, 1, 3, 3), w=(1, 1, 3, 3)))
+    assert "beyond 32 bits" in triton.why_not(p._replace(x=(1, 1, 2**31, 3), w=(1, 1, 3, 3)))
+    with pytest.raises(RuntimeError, match="'triton' is forced but cannot run.*bfloat16"):
+        xsep.depthwise_conv2d(torch.ones(1, 1, 3, 3).bfloat16(), torch.ones(1, 1, 3, 3).bfloat16())
+    import triton as package
+
+    monkeypatch.setattr(package, "__version__", "3.1.0")
+    assert triton_backend._launch.__wrapped__() == (None, "it needs Triton 3.3 or newer, not 3.1.0")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install triton" in triton_backend._launch.__wrapped__()[1]
+
+
+def test_info_and_explain_name_it(triton):
+    assert f"by Triton {sys.modules['triton'].__version__}" in info.built()["Triton kernels"]
+    assert "runs (forced): depthwise_triton" in xsep.explain(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3))
+
+
+def test_selftest(triton, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(selftest, "SHAPES", {name: selftest.SHAPES[name] for name in ("3x3_stride1", "stride3")})
+    command = ["--backend", "triton", "--dtypes", "float16", "bfloat16"]
+    assert selftest.main(command) == 0
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("float16"))
+    assert line.split()[1] == "depthwise_triton" and line.count("(") == 4 and "FAILED" not in line
+    assert "bfloat16   depthwise_triton                          -" in printed
+    triton_backend._why_failed.cache_clear()
+    assert triton_backend._why_failed(triton, torch.float16, 0) is None
+
+    outputs = selftest._outputs
+    monkeypatch.setattr(selftest, "_outputs", lambda *case: tuple(t + 1 for t in outputs(*case)))
+    assert selftest.main(command) == 1
+    assert "FAILED depthwise_triton, torch.float16, fprop" in capsys.readouterr().out
+    triton_backend._why_failed.cache_clear()
+    try:
+        assert "failed in 'python -m xsep.selftest --backend triton'" in triton_backend._why_failed(
+            triton, torch.float16, 0
+        )
+    finally:
+        triton_backend._why_failed.cache_clear()
+
+
+@pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
+def test_model_of_configurations(nhwc):
+    """Tiles that images fill come first, and a batch that varies changes nothing that is compiled."""
+    p = problem(nhwc, torch.float16)
+    for pass_ in range(4):
+        best, *_, worst = configs.ordered(p, pass_, 132)
+        assert configs.cost(p, pass_, best, 132) < configs.cost(p, pass_, worst, 132)
+        assert configs.cost(p, pass_, best, 132) < 2 * 2 * (2 if pass_ < 3 else 3) * 8 * 728 * 361
+    narrow = p._replace(x=(8, 64, 7, 7), w=(64, 1, 3, 3))
+    first = configs.ordered(narrow, configs.FPROP, 132)[0]
+    assert first.block_p * first.block_q <= 128
+    for N in (1, 8, 512):
+        grid = configs.grid(p._replace(x=(N, *p.x[1:])), configs.FPROP, first, 132)
+        assert grid.rows % first.block_p == 0 and grid.rows * grid.strips >= 19
+
+
+def test_choices_are_timed_once_and_kept(tmp_path):
+    path, timed = tmp_path / "xsep" / "triton.json", []
+
+    def clock(calls):
+        timed.append(len(calls))
+        for call in calls:
+            call()
+        return [3.0, 1.0, 2.0, 4.0][: len(calls)]
+
+    def choose(choices, p, card="card"):
+        run = []
+        config = choices.choose(p, configs.FPROP, False, card, 132, run.append)
+        return config, run
+
+    p = problem(True, torch.float16)
+    choices = tuning.Choices(path, clock)
+    config, run = choose(choices, p)
+    assert config == configs.ordered(p, configs.FPROP, 132)[1] == run[1] and timed == [4]
+    larger_batch = p._replace(x=(32, *p.x[1:]))
+    assert choose(choices, larger_batch) == (config, []) and timed == [4]
+    assert choose(tuning.Choices(path, clock), larger_batch) == (config, []) and timed == [4]  # another process
+    for other in (p._replace(dtype=torch.float32), p._replace(nhwc=False), p._replace(stride=(2, 2))):
+        choose(choices, other)
+    assert timed == [4] * 4
+    choose(choices, p, "another card")
+    assert timed == [4] * 5 and choose(tuning.Choices(path, clock), p)[1] == []
+
+    path.write_text(path.read_text().replace('"configs"', '"others"'))
+    assert choose(tuning.Choices(path, clock), p)[1] and timed == [4] * 6
+    path.write_text("{ no json")
+    assert choose(tuning.Choices(path, clock), p)[1] and timed == [4] * 7
+    unwritable = tuning.Choices(tmp_path / "xsep" / "triton.json" / "below_a_file.json", clock)
+    assert choose(unwritable, p)[1] and choose(unwritable, p)[1] == []
+
+
+def test_nothing_is_timed_during_capture_or_where_results_have_to_repeat(monkeypatch):
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert not tuning.may_time()  # every test runs with deterministic algorithms
+    torch.use_deterministic_algorithms(False)
+    assert tuning.may_time()
+    capturing = True
+    assert not tuning.may_time()
+
+
+def elsewhere(*command, **options):
+    """A process that compiles where this one interprets."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, **options)
+
+
+def compiled(*options):
+    """The rows of scripts/triton_aot.py: (target, taps, layout, pass, registers, spilled, shared, load)."""
+    run = elsewhere(str(ROOT / "scripts" / "triton_aot.py"), *options)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    rows = [line.split() for line in run.stdout.splitlines()[2:-1]]
+    return [(row[0], int(row[1][0]) ** 2, row[3], row[4], *map(int, row[7:11])) for row in rows]
+
+
+# Registers of a thread; AMD's have 512 of them, and LLVM unrolls further there.
+@pytest.mark.parametrize(
+    ("options", "budget"),
+    [
+        (("--targets", "sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "--problems", "3x3", "--most", "1"), 168),
+        (("--targets", "gfx90a", "gfx942", "--problems", "3x3", "--most", "1"), 256),
+        (("--targets", "sm_90", "--problems", "3x3"), 168),
+        (("--targets", "sm_80", "gfx90a", "--problems", "5x5", "3x3_stride2", "3x3_on_load", "--most", "1"), 512),
+    ],
+    ids=["every NVIDIA target", "every AMD target", "every configuration", "every kind"],
+)
+def test_compiles_ahead_of_time(options, budget, triton):
+    rows = compiled(*options, "--dtypes", "float16")
+    assert len(rows) >= 16
+    for target, taps, layout, pass_, registers, spilled, shared, load in rows:
+        assert spilled == 0 and registers <= budget and shared <= 4096, (target, layout, pass_)
+        if layout == "NHWC":  # 728 channels of two bytes are whole vectors
+            widest = 16 if pass_ == "fprop" else 8 if taps <= 9 or pass_ == "dgrad" else 4
+            assert load >= (widest if target.startswith("sm_") else widest // 2), (target, pass_)
+
+
+TRACED = """
+import sys
+import torch, triton
+from torch._functorch.aot_autograd import aot_export_joint_simple
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from triton.backends.compiler import GPUTarget
+import xsep
+from xsep.ops import triton as backend
+
+class Driver:  # there is no GPU whose driver could be asked
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+backend.TritonBackend.why_not_card = lambda self, index: None
+backend._card = lambda index: backend.Card("none", "sm_90", 132)
+ops, geometry = torch.ops.xsep, ((1, 1), (1, 1, 1, 1), (1, 1))
+
+def every_map(x, w):
+    y = ops.fprop(x, w, None, *geometry)
+    gradients = ops.dgrad(y, w, x.shape, *geometry), ops.wgrad(y, x, w.shape, *geometry)
+    return (y, *gradients, *ops.dgrad_wgrad(y, x, w, *geometry))
+
+environment = ShapeEnv()
+
+def symbol(value):
+    source = ConstantSource(f"size_{value}")
+    return environment.create_symintnode(
+        environment.create_symbol(value, source=source, dynamic_dim=DimDynamic.DYNAMIC), hint=value, source=source
+    )
+
+for dynamic in (False, True):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        with FakeTensorMode(shape_env=environment):
+            N, H, W = map(symbol, (5, 23, 29)) if dynamic else (5, 23, 29)
+            x = torch.empty((N, 728, H, W), device="cuda", dtype=torch.float16, memory_format=layout)
+            w = torch.empty(728, 1, 3, 3, device="cuda", dtype=torch.float16)
+            graph = aot_export_joint_simple(every_map, (x, w), trace_joint=False).graph
+        called = [node for node in graph.nodes if node.op == "call_function"]
+        kernels = [node for node in called if str(node.target) == "triton_kernel_wrapper_functional"]
+        assert not any("xsep" in str(node.target) for node in called), graph
+        assert len(kernels) == 6, graph  # four maps, two of them with a sum of partial results
+        written = [sorted(node.kwargs["tensors_to_clone"]) for node in kernels]
+        assert written == [["y"], ["dx"], ["partials"], ["out"], ["dx", "partials"], ["out"]], written
+        arguments = kernels[0].kwargs["kwargs"]
+        assert arguments["ALIGN"] == (8 if layout == torch.channels_last else 1), arguments
+        assert dynamic == (not isinstance(arguments["H"], int)), arguments
+print("traced")
+"""
+
+
+@needs.compiling
+def test_compilers_see_the_kernels(triton):
+    if not hasattr(torch.library, "triton_op"):
+        pytest.skip("torch.library.triton_op is missing")
+    run = elsewhere("-c", TRACED)
+    assert run.returncode == 0 and run.stdout.strip() == "traced", run.stdout + run.stderr

@@ -1,0 +1,116 @@
+"""Tile sizes of the Triton kernels: a small set per kind of problem, and a model of the bytes that orders them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .._compat import itemsize
+from ..ops.problem import Problem
+
+FPROP, DGRAD, WGRAD, DGRAD_WGRAD = range(4)  # as in ops.compiled
+HELD = 9  # taps of the largest filter whose weights and sums a program's registers hold
+_ROWS = 16  # of a strip, while its length is no question of filling the card
+_PROGRAMS = 4  # a multiprocessor, at least, before strips grow longer
+# Beside a byte from memory: one that the halo of a tile brings from the second-level cache, and the arithmetic of one
+# output that a tile computes beyond the edge.
+_HALO, _IDLE = 0.4, 0.5
+
+
+class Config(NamedTuple):
+    """A tile of ``block_p`` x ``block_q`` pixels and ``block_c`` channels, the work of ``warps`` warps."""
+
+    block_p: int
+    block_q: int
+    block_c: int
+    warps: int
+
+
+# Under the interpreter a tile's size is free and the number of programs is not.
+INTERPRETED = Config(16, 16, 64, 1)
+
+
+class Grid(NamedTuple):
+    """How tiles cover a problem: strips of ``rows`` rows, by ``strips``, ``q_blocks`` and ``c_blocks``."""
+
+    rows: int
+    strips: int
+    q_blocks: int
+    c_blocks: int
+
+
+def ceil_div(a, b):
+    return (a + b - 1) // b
+
+
+def candidates(p: Problem, pass_: int) -> tuple[Config, ...]:
+    """The configurations worth trying; what is compiled ahead of time in tests is the union over all problems.
+
+    A thread holds 8 numbers of a tile, in NHWC 16 bytes of the channels of a pixel or two; 4 in NCHW, where each has an
+    address of its own.  wgrad holds as many sums for each tap: 4 numbers, 2 in NCHW and for filters of more than 9
+    taps, so that they stay in registers.  Half of all that for float64.  Tiles of several rows, for images
+    that do not fill a tile's columns, take registers for rows too: dgrad's are half as large.
+    """
+    gradients_of_w, double = pass_ in (WGRAD, DGRAD_WGRAD), itemsize(p.dtype) == 8
+    if not p.nhwc:
+        count = (256 if gradients_of_w else 512) >> double
+        shapes = [(count // columns, columns, 1) for columns in (16, 32, 64)] + [(8, 16, 1 if gradients_of_w else 2)]
+    else:
+        count = ((512 if p.w[2] * p.w[3] <= HELD else 256) if gradients_of_w else 1024) >> double
+        shapes = []
+        for rows, channels in ((1, 64), (2, 64), (1, 32), (4, 32)):
+            pixels = (count >> (pass_ == DGRAD and rows > 1)) // channels
+            shapes.append((rows, pixels // rows, channels))
+    return tuple(Config(*shape, warps=4) for shape in shapes)
+
+
+def grid(p: Problem, pass_: int, config: Config, multiprocessors: int) -> Grid:
+    """Strips as long as leaves enough programs for the card; of fixed length for symbolic sizes."""
+    (_, _, height, width), channels = _tiled(p, pass_)
+    q_blocks, c_blocks = ceil_div(width, config.block_q), ceil_div(channels, config.block_c)
+    rows = _ROWS * config.block_p
+    if all(isinstance(size, int) for size in (*p.x, *p.w)):
+        others = max(1, p.x[0] * q_blocks * c_blocks)
+        strips = min(ceil_div(height, config.block_p), max(1, _PROGRAMS * multiprocessors // others))
+        rows = max(1, ceil_div(ceil_div(height, strips), config.block_p)) * config.block_p
+    return Grid(rows, ceil_div(height, rows), q_blocks, c_blocks)
+
+
+def splits(units, blocks, multiprocessors: int):
+    """Programs a block of channels, each with partial sums of its own: enough for the card, no more than units."""
+    wanted = max(1, _PROGRAMS * multiprocessors // blocks) if isinstance(blocks, int) else _PROGRAMS * multiprocessors
+    return min(units, wanted) if isinstance(units, int) else torch.sym_min(units, wanted)
+
+
+def _tiled(p: Problem, pass_: int):
+    """The sizes and channels that the tiles of a pass cover: outputs of fprop, pixels of x for the gradients."""
+    if pass_ == FPROP:
+        return p.y, p.w[0]
+    return p.x, p.w[0] if pass_ == WGRAD else p.x[1]
+
+
+def cost(p: Problem, pass_: int, config: Config, multiprocessors: int) -> float:
+    """What a configuration's bytes take, in bytes from memory."""
+    (N, _, height, width), channels = _tiled(p, pass_)
+    g = grid(p, pass_, config, multiprocessors)
+    stride = p.stride if pass_ == FPROP else (1, 1)
+    spans = [1 + (p.w[2 + axis] - 1) * p.dilation[axis] for axis in range(2)]
+    tile = g.rows, config.block_q
+    halo = math.prod((stride[axis] * (tile[axis] - 1) + spans[axis]) / (stride[axis] * tile[axis]) for axis in range(2))
+    covered = ceil_div(height, config.block_p) * config.block_p * g.q_blocks * config.block_q
+    idle = covered / max(1, height * width) * g.c_blocks * config.block_c / channels - 1
+    x, y = math.prod(p.x) * itemsize(p.dtype), math.prod(p.y) * itemsize(p.dtype)
+    read, other = (x, y) if pass_ == FPROP else (y, x)
+    if pass_ == DGRAD_WGRAD:
+        other += x
+    return read + other + _HALO * (halo - 1) * read + _IDLE * idle * (read + other)
+
+
+def ordered(p: Problem, pass_: int, multiprocessors: int) -> list[Config]:
+    """The candidates, the one with the least bytes first; as they stand for symbolic sizes."""
+    found = list(candidates(p, pass_))
+    if all(isinstance(size, int) for size in (*p.x, *p.w)):
+        found.sort(key=lambda config: cost(p, pass_, config, multiprocessors))
+    return found
