@@ -47,10 +47,10 @@ def reference(preset, **options):
 
 
 @pytest.mark.parametrize("preset", ["keras", "timm"])
-@pytest.mark.parametrize("extents", [(96, 96), (107, 118)])
-def test_agrees_with_timm(preset, extents, backend):
+@pytest.mark.parametrize(("extents", "fused"), [((96, 96), False), ((107, 118), False), ((107, 118), True)])
+def test_agrees_with_timm(preset, extents, fused, backend):
     theirs = reference(preset, num_classes=50).eval().to(backend.device)
-    ours = xception(preset, num_classes=50).eval().to(backend.device)
+    ours = xception(preset, num_classes=50, fused=fused).eval().to(backend.device)
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, *extents, device=backend.device)
     with torch.no_grad():
@@ -58,9 +58,10 @@ def test_agrees_with_timm(preset, extents, backend):
     theirs.load_state_dict(ours.state_dict())
 
 
-def test_gradients_and_statistics_of_training_agree_with_timm(backend):
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_and_statistics_of_training_agree_with_timm(fused, backend):
     theirs = reference("timm", num_classes=50).to(backend.device)
-    ours = xception("timm", num_classes=50).to(backend.device)
+    ours = xception("timm", num_classes=50, fused=fused).to(backend.device)
     ours.load_state_dict(theirs.state_dict())
     exact = copy.deepcopy(theirs).double()
     x = torch.randn(4, 3, 97, 97, device=backend.device).contiguous(memory_format=torch.channels_last)
@@ -68,6 +69,48 @@ def test_gradients_and_statistics_of_training_agree_with_timm(backend):
     assert_all_no_worse_than_torch(*grads, "gradients")
     stats = [[b for name, b in m.named_buffers() if "running" in name] for m in (ours, theirs, exact)]
     assert_all_no_worse_than_torch(*stats, "running statistics")
+
+
+@pytest.mark.parametrize("options", [dict(), dict(residual=False, activation="elu"), dict(preset="timm")])
+def test_fused_training_follows_the_unfused(options):
+    """In float64, where what differs by rounding stays small: five steps, then inference."""
+    torch.manual_seed(0)
+    plain, fused = (xception(num_classes=3, fused=fused, **options).double() for fused in (False, True))
+    fused.load_state_dict(plain.state_dict())
+    x = torch.randn(5, 4, 3, 71, 75, dtype=torch.float64)
+    y = torch.arange(4) % 3
+    losses = []
+    for model in (plain, fused):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        for batch in x:
+            loss = F.cross_entropy(model(batch.contiguous(memory_format=torch.channels_last)), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[:5] == pytest.approx(losses[5:], rel=1e-8) and losses[0] != losses[4]
+    for (name, mine), yours in zip(fused.state_dict().items(), plain.state_dict().values()):
+        torch.testing.assert_close(mine, yours, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(x[0]), plain.eval()(x[0]), rtol=1e-6, atol=1e-8)
+
+
+def test_fused_is_the_same_model():
+    plain, fused = xception(), xception(fused=True)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in fused.named_modules()] == [name for name, _ in plain.named_modules()]
+    kept = {}
+    for name, model in (("plain", plain), ("fused", fused)):
+        storages = {}
+
+        def keep(t, storages=storages):
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model(torch.randn(1, 3, 75, 75).contiguous(memory_format=torch.channels_last))
+        kept[name] = sum(storages.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters())
+    assert kept["fused"] < 0.6 * kept["plain"], kept
 
 
 def test_presets_differ():

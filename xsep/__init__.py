@@ -10,6 +10,7 @@ from .ops import (
     explain,
     load_choices,
     save_choices,
+    separable_block,
     separable_conv2d,
 )
 
@@ -26,5 +27,6 @@ __all__ = [
     "models",
     "nn",
     "save_choices",
+    "separable_block",
     "separable_conv2d",
 ]

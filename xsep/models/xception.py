@@ -12,6 +12,7 @@ from typing import Callable, Literal, NamedTuple, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.block import FusedSequential, run_fused
 from ..nn.layers import DepthwiseConv2d, make_activation
 
 
@@ -72,7 +73,8 @@ class Block(nn.Module):
 
     ``widths`` are the channels before, between and after them.  With ``pool`` the block ends in it, and its residual is
     a 1x1 convolution of stride 2 with BatchNorm instead of the identity.  (N, widths[0], H, W) →
-    (N, widths[-1], H, W), or with ``pool`` (N, widths[-1], ceil(H/2), ceil(W/2)).
+    (N, widths[-1], H, W), or with ``pool`` (N, widths[-1], ceil(H/2), ceil(W/2)).  With ``fused`` what lies between the
+    convolutions is not stored.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Block(nn.Module):
         starts_with_relu: bool,
         residual: bool,
         activation: str | None,
+        fused: bool,
     ):
         super().__init__()
         self.residual = residual
@@ -96,7 +99,8 @@ class Block(nn.Module):
                 # The residual takes the block's input before the first ReLU.
                 rep.append(nn.ReLU(inplace=i > 0))
             rep += [separable(in_channels, out_channels, activation), norm(out_channels)]
-        self.rep = nn.Sequential(*rep, *([] if pool is None else [pool]))
+        sequential = FusedSequential if fused else nn.Sequential
+        self.rep = sequential(*rep, *([] if pool is None else [pool]))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.rep(x)
@@ -120,6 +124,8 @@ class Xception(nn.Module):
         drop_rate: dropout before the classifier.  The paper trains with 0.5 on ImageNet and without on JFT; the
             default is Keras's and timm's.
         features_only: ``forward`` returns the feature maps that ``feature_info`` describes; there is no head.
+        fused: separable convolutions apply the BatchNorm and ReLU before them on load, and backward keeps their inputs
+            and results only (``xsep.nn.FusedSequential``).  The parameters and what is computed are the same.
 
     Input (N, in_chans, H, W), 299 x 299 and [-1, 1] for the public weights; output (N, num_classes), or without
     classifier (N, head_hidden_size).
@@ -140,6 +146,7 @@ class Xception(nn.Module):
         fc_layers: int = 0,
         drop_rate: float = 0.0,
         features_only: bool = False,
+        fused: bool = False,
     ):
         super().__init__()
         if preset not in PRESETS:
@@ -147,6 +154,7 @@ class Xception(nn.Module):
         if fc_layers < 0:
             raise ValueError(f"fc_layers must not be negative; got {fc_layers}")
         self.preset, self.in_chans, self.drop_rate, self.features_only = preset, in_chans, drop_rate, features_only
+        self.fused = fused
         constants = PRESETS[preset]
         norm = partial(nn.BatchNorm2d, eps=constants.eps, momentum=constants.momentum)
 
@@ -158,7 +166,7 @@ class Xception(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
         for i, widths in BLOCKS.items():
             pool = None if widths[0] == widths[-1] else MaxPoolSame() if constants.same_pool else nn.MaxPool2d(3, 2, 1)
-            self.add_module(f"block{i}", Block(widths, norm, pool, i > 1, residual, activation))
+            self.add_module(f"block{i}", Block(widths, norm, pool, i > 1, residual, activation, fused))
         self.conv3 = separable(1024, 1536, activation)
         self.bn3 = norm(1536)
         self.act3 = nn.ReLU(inplace=True)
@@ -225,8 +233,11 @@ class Xception(nn.Module):
             x = getattr(self, f"block{i}")(x)
             if i in taps:
                 features.append(F.relu(x))
-        x = self.act3(self.bn3(self.conv3(x)))
-        x = self.act4(self.bn4(self.conv4(x)))
+        exit_flow = (self.conv3, self.bn3, self.act3, self.conv4, self.bn4, self.act4)
+        if self.fused:
+            return [*features, run_fused(exit_flow, x)]
+        for layer in exit_flow:
+            x = layer(x)
         return [*features, x]
 
     def _initialize(self, module: nn.Module) -> None:

@@ -1,7 +1,8 @@
-"""The ``aten`` backend: the same four maps composed of torch's own operators.
+"""The ``aten`` backend: the same maps composed of torch's own operators.
 
 It is the reference of the tests, the answer for devices and dtypes that no kernel of ours takes, and what runs under
-``torch.func`` transforms and forward-mode AD.  It pads with a copy where the padding is asymmetric.
+``torch.func`` transforms and forward-mode AD.  It pads with a copy where the padding is asymmetric, and stores what a
+function on load makes of x.
 """
 
 from __future__ import annotations
@@ -27,7 +28,16 @@ def compose(x: Tensor, w: Tensor, bias: Tensor | None, stride, pad, dilation) ->
     return F.conv2d(x, w, bias, tuple(stride), padding, tuple(dilation), x.shape[1])
 
 
-def fprop(p: Problem, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+def function_on_load(x: Tensor, on_load) -> Tensor:
+    """relu(scale * (x - center) + shift) in the dtype of the vectors; ``on_load`` is (center, scale, shift, relu)."""
+    center, scale, shift = (v.view(-1, 1, 1) for v in on_load[:3])
+    u = scale * (x - center) + shift
+    return u.relu() if on_load[3] else u
+
+
+def fprop(p: Problem, x: Tensor, w: Tensor, bias: Tensor | None, on_load=None) -> Tensor:
+    if on_load is not None:
+        x = function_on_load(x, on_load).to(p.dtype)
     return compose(x, w, bias, p.stride, p.pad, p.dilation).contiguous(memory_format=p.memory_format)
 
 
@@ -43,6 +53,17 @@ def wgrad(p: Problem, dy: Tensor, x: Tensor) -> Tensor:
 def dgrad_wgrad(p: Problem, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     dx, dw = _convolution_backward(p, dy, x, w, (True, True))
     return dx.contiguous(memory_format=p.memory_format), dw.contiguous()
+
+
+def dgrad_wgrad_on_load(p: Problem, dy: Tensor, x: Tensor, w: Tensor, on_load):
+    center, scale, _, relu = on_load
+    u = function_on_load(x, on_load)
+    du, dw = dgrad_wgrad(p, dy, u.to(p.dtype), w)
+    du = du.to(u.dtype)
+    if relu:
+        du = du * (u > 0)
+    dx = (du * scale.view(-1, 1, 1)).to(p.dtype).contiguous(memory_format=p.memory_format)
+    return dx, dw, (du * (x - center.view(-1, 1, 1))).sum((0, 2, 3)), du.sum((0, 2, 3))
 
 
 def _pad(x: Tensor, pad: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:

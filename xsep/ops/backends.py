@@ -23,15 +23,21 @@ NAMES = ("cpu", "cuda", "cuda-emulated", "triton", "aten")
 
 
 class Backend(Protocol):
-    """A set of implementations of the four maps.  Tensors come checked; outputs are dense in ``p.memory_format``."""
+    """A set of implementations of the maps.  Tensors come checked; outputs are dense in ``p.memory_format``.
+
+    ``on_load`` is (center, scale, shift, relu): u = relu(scale * (x - center) + shift) takes the place of x, padding
+    being zeros of u.  The vectors hold C numbers of float32 (float64 for float64).  ``dgrad_wgrad_on_load`` makes
+    (dx, dw, dscale, dshift); the gradient of center is ``-scale * dshift``.
+    """
 
     name: str
 
     def why_not(self, problem: Problem) -> str | None: ...
-    def fprop(self, p: Problem, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor: ...
+    def fprop(self, p: Problem, x: Tensor, w: Tensor, bias: Tensor | None, on_load=None) -> Tensor: ...
     def dgrad(self, p: Problem, dy: Tensor, w: Tensor) -> Tensor: ...
     def wgrad(self, p: Problem, dy: Tensor, x: Tensor) -> Tensor: ...
     def dgrad_wgrad(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]: ...
+    def dgrad_wgrad_on_load(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor, on_load) -> tuple[Tensor, ...]: ...
 
 
 BACKENDS: dict[str, Any] = {  # a module stands in for a Backend

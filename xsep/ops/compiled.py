@@ -74,11 +74,7 @@ def readable(t: Tensor, p: Problem) -> Tensor:
 
 
 class CompiledBackend:
-    """The maps of ``backends.Backend``; a subclass says where outputs come from and how a call is made.
-
-    ``on_load`` is (center, scale, shift, relu): u = relu(scale * (x - center) + shift) takes the place of x, applied as
-    it is loaded.  The vectors hold C numbers of float32 (float64 for float64).
-    """
+    """The maps of ``backends.Backend``; a subclass says where outputs come from and how a call is made."""
 
     def _empty(self, sizes, p: Problem, like: Tensor) -> Tensor:
         """An output, dense in the layout of ``p``."""
@@ -111,7 +107,6 @@ class CompiledBackend:
         return dx, dw
 
     def dgrad_wgrad_on_load(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor, on_load):
-        """(dx, dw, dscale, dshift) through ``on_load``; the gradient of center is ``-scale * dshift``."""
         dy, x, w = readable(dy, p), readable(x, p), w.contiguous()
         dx, dw = self._empty(p.x, p, x), x.new_empty(p.w)
         sums = torch.empty_like(on_load[0]), torch.empty_like(on_load[0])

@@ -1,15 +1,15 @@
-"""``depthwise_conv2d`` and ``separable_conv2d`` in ``F.conv2d``'s argument order, and ``explain``."""
+"""``depthwise_conv2d`` and ``separable_conv2d`` in ``F.conv2d``'s argument order, ``separable_block``, ``explain``."""
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._compat import is_compiling
-from . import aten, backends, library
+from . import aten, backends, block, library
 from .geometry import Padding, Size2, pair, resolve_padding
 from .problem import Problem, is_nhwc
 
@@ -74,6 +74,63 @@ def separable_conv2d(
     return F.conv2d(z, pointwise_weight, pointwise_bias)
 
 
+def separable_block(
+    input: Tensor,
+    center: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    stride: Size2 = 1,
+    padding: Padding = 0,
+    dilation: Size2 = 1,
+    activation: Literal["relu", "elu"] | None = None,
+    statistics: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The unit that separable networks are made of: BatchNorm, ReLU, depthwise and pointwise convolution, statistics.
+
+    BatchNorm and ReLU are those before the convolutions: u = relu(scale * (input - center) + shift), per channel, takes
+    the place of ``input``; padding is zeros of u.  The statistics are those that the BatchNorm after them needs.
+    Backward keeps ``input`` and the result, and nothing between them.
+
+    Args:
+        input: (N, C, H, W), float64, float32, float16 or bfloat16, in either memory format.
+        center, scale, shift: (C,), of any floating-point dtype, or None for 0, 1 and 0.
+        relu: whether there is the ReLU.
+        depthwise_weight: (C*M, 1, R, S), dtype and device of ``input``.
+        pointwise_weight: (K, C*M, 1, 1), likewise.
+        stride, padding, dilation: of the depthwise convolution, as in ``depthwise_conv2d``.
+        activation: between the convolutions: None, ``'relu'`` or ``'elu'``.
+        statistics: whether to return them.
+
+    Returns:
+        (y, mean, m2): y is (N, K, P, Q) in the memory format of ``input``; mean and m2 are (K,), of float32, or of
+        float64 with ``input``: the mean over N, P and Q, and the sum of the squared deviations from it (both zeros
+        for an empty batch).  All three have gradients.  Without ``statistics`` mean and m2 are None.
+
+    Raises:
+        ValueError: a shape, stride, padding, dilation, activation or device that does not fit; the message names it.
+        TypeError: dtypes that differ or are not floating-point, or ``relu`` that is no bool.
+        RuntimeError: a forced backend that cannot take the input.
+
+    The first derivatives come from the backend; derivatives of theirs are those of a composition of torch's operators,
+    and so is everything under a ``torch.func`` transform or forward-mode AD.
+    """
+    if not isinstance(relu, bool):
+        raise TypeError(f"relu must be a bool; got {relu!r}")
+    if activation not in (None, "relu", "elu"):
+        raise ValueError(f"activation must be None, 'relu' or 'elu'; got {activation!r}")
+    if input.dim() != 4:
+        raise ValueError(f"input must be (N, C, H, W); got shape {tuple(input.shape)}")
+    geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
+    center, scale, shift = (v if v is None else v.to(block.vector_dtype(input)) for v in (center, scale, shift))
+    run = block.compose if not is_compiling() and _under_transform() else torch.ops.xsep.block
+    tensors = input, depthwise_weight, pointwise_weight, center, scale, shift
+    y, mean, m2 = run(*tensors, relu, activation, *geometry, statistics)
+    return (y, mean, m2) if statistics else (y, None, None)
+
+
 def explain(
     input: Tensor,
     weight: Tensor,
@@ -99,10 +156,10 @@ def _batched(t: Tensor, name: str) -> Tensor:
 
 
 def _geometry(
-    x: Tensor, weight: Tensor, stride: Size2, padding: Padding, dilation: Size2
+    x: Tensor, weight: Tensor, stride: Size2, padding: Padding, dilation: Size2, name: str = "weight"
 ) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int]]:
     if weight.dim() != 4:
-        raise ValueError(f"weight must be (C*M, 1, R, S); got shape {tuple(weight.shape)}")
+        raise ValueError(f"{name} must be (C*M, 1, R, S); got shape {tuple(weight.shape)}")
     strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     return strides, resolve_padding(padding, x.shape[2:], weight.shape[2:], strides, dilations), dilations
 

@@ -14,6 +14,7 @@ dgrad.
 from __future__ import annotations
 
 from functools import partial
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -31,19 +32,19 @@ from .._compat import (
 from . import backends
 from .problem import Problem, check_same, check_sizes, is_nhwc, memory_format
 
-_GEOMETRY = "SymInt[2] stride, SymInt[4] pad, SymInt[2] dilation"
+GEOMETRY = "SymInt[2] stride, SymInt[4] pad, SymInt[2] dilation"
 
 lib = Library("xsep", "DEF")
-lib.define(f"fprop(Tensor x, Tensor w, Tensor? bias, {_GEOMETRY}) -> Tensor")
-lib.define(f"dgrad(Tensor dy, Tensor w, SymInt[] x_sizes, {_GEOMETRY}) -> Tensor")
-lib.define(f"wgrad(Tensor dy, Tensor x, SymInt[] w_sizes, {_GEOMETRY}) -> Tensor")
-lib.define(f"dgrad_wgrad(Tensor dy, Tensor x, Tensor w, {_GEOMETRY}) -> (Tensor, Tensor)")
+lib.define(f"fprop(Tensor x, Tensor w, Tensor? bias, {GEOMETRY}) -> Tensor")
+lib.define(f"dgrad(Tensor dy, Tensor w, SymInt[] x_sizes, {GEOMETRY}) -> Tensor")
+lib.define(f"wgrad(Tensor dy, Tensor x, SymInt[] w_sizes, {GEOMETRY}) -> Tensor")
+lib.define(f"dgrad_wgrad(Tensor dy, Tensor x, Tensor w, {GEOMETRY}) -> (Tensor, Tensor)")
 ops = torch.ops.xsep
 _PLAIN = (Tensor, torch.nn.Parameter)
 _AUTOCAST = ("cpu", "cuda")  # the devices whose autocast the operators follow
 
 
-def _problem(t: Tensor, nhwc: bool, x_sizes, w_sizes, stride, pad, dilation) -> Problem:
+def problem_of(t: Tensor, nhwc: bool, x_sizes, w_sizes, stride, pad, dilation) -> Problem:
     geometry = tuple(stride), tuple(pad), tuple(dilation)
     return Problem(t.device.type, t.dtype, nhwc, tuple(x_sizes), tuple(w_sizes), *geometry, t.get_device())
 
@@ -64,13 +65,13 @@ def _fprop(x, w, bias, stride, pad, dilation):
     check_same("input", x, "weight", w)
     if bias is not None:
         _check_bias(x, w, bias)
-    p = _problem(x, x.dim() == 4 and is_nhwc(x), x.shape, w.shape, stride, pad, dilation)
+    p = problem_of(x, x.dim() == 4 and is_nhwc(x), x.shape, w.shape, stride, pad, dilation)
     return backends.choose(p).fprop(p, x, w, bias)
 
 
 def _dgrad(dy, w, x_sizes, stride, pad, dilation):
     check_same("dy", dy, "weight", w)
-    p = _problem(dy, is_nhwc(dy), x_sizes, w.shape, stride, pad, dilation)
+    p = problem_of(dy, is_nhwc(dy), x_sizes, w.shape, stride, pad, dilation)
     chosen = backends.choose(p)
     _check_dy(dy, p.y)
     return chosen.dgrad(p, dy, w)
@@ -78,7 +79,7 @@ def _dgrad(dy, w, x_sizes, stride, pad, dilation):
 
 def _wgrad(dy, x, w_sizes, stride, pad, dilation):
     check_same("dy", dy, "input", x)
-    p = _problem(x, is_nhwc(x), x.shape, w_sizes, stride, pad, dilation)
+    p = problem_of(x, is_nhwc(x), x.shape, w_sizes, stride, pad, dilation)
     chosen = backends.choose(p)
     _check_dy(dy, p.y)
     return chosen.wgrad(p, dy, x)
@@ -87,15 +88,22 @@ def _wgrad(dy, x, w_sizes, stride, pad, dilation):
 def _dgrad_wgrad(dy, x, w, stride, pad, dilation):
     check_same("dy", dy, "input", x)
     check_same("input", x, "weight", w)
-    p = _problem(x, is_nhwc(x), x.shape, w.shape, stride, pad, dilation)
+    p = problem_of(x, is_nhwc(x), x.shape, w.shape, stride, pad, dilation)
     chosen = backends.choose(p)
     _check_dy(dy, p.y)
     return chosen.dgrad_wgrad(p, dy, x, w)
 
 
-for _name, _kernel in (("fprop", _fprop), ("dgrad", _dgrad), ("wgrad", _wgrad), ("dgrad_wgrad", _dgrad_wgrad)):
-    for _key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
-        lib.impl(_name, _kernel, _key)
+def implement(name: str, kernel: Callable) -> None:
+    """Makes ``kernel`` that of an operator on every device."""
+    for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
+        lib.impl(name, kernel, key)
+
+
+implement("fprop", _fprop)
+implement("dgrad", _dgrad)
+implement("wgrad", _wgrad)
+implement("dgrad_wgrad", _dgrad_wgrad)
 
 
 def _watched(*arguments) -> bool:
@@ -132,7 +140,7 @@ def fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, pad, dilation) -> T
     if _watched(*tensors):
         return ops.fprop(x, w, bias, stride, pad, dilation)
     if x.device.type in _AUTOCAST and is_autocast_enabled(x.device.type):
-        return _autocast_fprop(x.device.type, fprop, x, w, bias, stride, pad, dilation)
+        return _under_autocast(x.device.type, fprop, 3, x, w, bias, stride, pad, dilation)
     run = _Fprop.apply if _needs_grad(*tensors) else _fprop
     return run(x, w, bias, stride, pad, dilation)
 
@@ -236,7 +244,7 @@ register_autograd("xsep::wgrad", _wgrad_backward, setup_context=_keep(2), lib=li
 register_autograd("xsep::dgrad_wgrad", _dgrad_wgrad_backward, setup_context=_keep(3), lib=lib)
 
 
-def _autocast_fprop(device_type: str, run, x, w, bias, stride, pad, dilation):
+def _under_autocast(device_type: str, run: Callable, count: int, *arguments):
     # torch.library.register_autocast fixes one dtype; this follows the active one, and like torch leaves float64 alone.
     dtype = autocast_dtype(device_type)
 
@@ -244,11 +252,20 @@ def _autocast_fprop(device_type: str, run, x, w, bias, stride, pad, dilation):
         return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
 
     with disable_autocast():
-        return run(cast(x), cast(w), cast(bias), stride, pad, dilation)
+        return run(*map(cast, arguments[:count]), *arguments[count:])
 
 
-for _type in _AUTOCAST:
-    lib.impl("fprop", partial(_autocast_fprop, _type, ops.fprop), "Autocast" + _type.upper())
+def register_autocast(name: str, count: int) -> None:
+    """Under autocast the first ``count`` arguments of an operator, tensors or None, take the active dtype.
+
+    Nothing that the operator calls is cast.
+    """
+    for device_type in _AUTOCAST:
+        kernel = partial(_under_autocast, device_type, getattr(ops, name), count)
+        lib.impl(name, kernel, "Autocast" + device_type.upper())
+
+
+register_autocast("fprop", 3)
 
 
 class _Fprop(torch.autograd.Function):
@@ -269,26 +286,26 @@ if hasattr(torch.library, "triton_op"):
     see_through(lib, backends.BACKENDS["triton"], backends.compiled_by_triton)
 
 
-def _flops(y_sizes, w_sizes) -> int:
+def flops(y_sizes, w_sizes) -> int:
     N, K, P, Q = y_sizes
     return 2 * N * K * P * Q * w_sizes[2] * w_sizes[3]
 
 
 @register_flop_formula(ops.fprop)
 def _(x, w, bias, stride, pad, dilation, *args, out_shape=None, **kwargs) -> int:
-    return _flops(out_shape, w)
+    return flops(out_shape, w)
 
 
 @register_flop_formula(ops.dgrad)
 def _(dy, w, *args, **kwargs) -> int:
-    return _flops(dy, w)
+    return flops(dy, w)
 
 
 @register_flop_formula(ops.wgrad)
 def _(dy, x, w_sizes, *args, **kwargs) -> int:
-    return _flops(dy, w_sizes)
+    return flops(dy, w_sizes)
 
 
 @register_flop_formula(ops.dgrad_wgrad)
 def _(dy, x, w, *args, **kwargs) -> int:
-    return 2 * _flops(dy, w)
+    return 2 * flops(dy, w)

@@ -56,14 +56,17 @@ def output_sizes(x: Sequence[int], w: Sequence[int], stride, pad, dilation) -> t
     return x[0], w[0], P, Q
 
 
-def check_sizes(x: Sequence[int], w: Sequence[int], stride, pad, dilation) -> tuple[int, ...]:
-    """The sizes of y.  Raises ``ValueError`` naming the first argument that does not fit; works on symbolic sizes."""
+def check_sizes(x: Sequence[int], w: Sequence[int], stride, pad, dilation, weight="weight") -> tuple[int, ...]:
+    """The sizes of y.  Raises ``ValueError`` naming the first argument that does not fit; works on symbolic sizes.
+
+    ``weight`` is what the caller calls w.
+    """
     if len(x) != 4:
         raise ValueError(f"input must be 4-D (N, C, H, W); got shape {tuple(x)}")
     if len(w) != 4 or w[1] != 1:
-        raise ValueError(f"weight must be (C*M, 1, R, S); got shape {tuple(w)}")
+        raise ValueError(f"{weight} must be (C*M, 1, R, S); got shape {tuple(w)}")
     if x[1] < 1 or w[0] < 1 or w[0] % x[1] != 0:
-        raise ValueError(f"weight's {w[0]} filters must be a positive multiple of input's {x[1]} channels")
+        raise ValueError(f"{weight}'s {w[0]} filters must be a positive multiple of input's {x[1]} channels")
     for name, values, count, minimum in (("stride", stride, 2, 1), ("pad", pad, 4, 0), ("dilation", dilation, 2, 1)):
         if len(values) != count or any(isinstance(v, int) and v < minimum for v in values):
             raise ValueError(f"{name} must be {count} ints, each at least {minimum}; got {tuple(values)}")
@@ -71,7 +74,7 @@ def check_sizes(x: Sequence[int], w: Sequence[int], stride, pad, dilation) -> tu
         span = dilation[axis] * (w[2 + axis] - 1) + 1
         padded = x[2 + axis] + pad[2 * axis] + pad[2 * axis + 1]
         if w[2 + axis] < 1:
-            raise ValueError(f"weight must not be empty; got shape {tuple(w)}")
+            raise ValueError(f"{weight} must not be empty; got shape {tuple(w)}")
         if padded < span:
             raise ValueError(
                 f"filter {name} {span} (kernel {w[2 + axis]}, dilation {dilation[axis]}) is larger than the padded "

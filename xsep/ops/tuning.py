@@ -50,7 +50,7 @@ def cuda_milliseconds(calls: list[Callable[[], Any]]) -> list[float]:
 
 
 class TimedBackend:
-    """A backend that runs each pass by the fastest candidate.
+    """A backend that runs each pass by the fastest candidate, but with a function on load by the rule.
 
     ``candidates(problem, pass_)`` are the backends that could, by name; ``rule(problem)`` is the one that runs while a
     CUDA graph is captured, when nothing can be timed; ``clock`` is ``cuda_milliseconds`` or, for tests, another.
@@ -71,7 +71,9 @@ class TimedBackend:
     def why_not(self, problem: Problem) -> str | None:
         return None
 
-    def fprop(self, p: Problem, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    def fprop(self, p: Problem, x: Tensor, w: Tensor, bias: Tensor | None, on_load=None) -> Tensor:
+        if on_load is not None:
+            return self._rule(p).fprop(p, x, w, bias, on_load)
         return self._run(0, p, x, w, bias)
 
     def dgrad(self, p: Problem, dy: Tensor, w: Tensor) -> Tensor:
@@ -82,6 +84,9 @@ class TimedBackend:
 
     def dgrad_wgrad(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return self._run(3, p, dy, x, w)
+
+    def dgrad_wgrad_on_load(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor, on_load) -> tuple[Tensor, ...]:
+        return self._rule(p).dgrad_wgrad_on_load(p, dy, x, w, on_load)
 
     def forget_chosen(self) -> None:
         """What was measured stays, but which candidates there are is asked anew."""

@@ -1,0 +1,209 @@
+"""``FusedSequential`` against ``nn.Sequential``: results, gradients, running statistics, and what is not fused."""
+
+import copy
+import pickle
+
+import needs
+import pytest
+import torch
+from gradients import assert_all_no_worse_than_torch, results
+from torch import nn
+
+from xsep import DepthwiseConv2d, SeparableConv2d
+from xsep.nn import FusedSequential, block
+
+
+def separable(in_channels, out_channels, kernel_size=3, bias=False, **options):
+    return SeparableConv2d(in_channels, out_channels, kernel_size, bias=bias, **{"padding": 1, **options})
+
+
+def layers(**norm):
+    """Convolutions with everything that is fused between them, and with what is not."""
+    return [
+        nn.ReLU(),
+        separable(3, 8, depth_multiplier=2, activation="elu"),
+        nn.BatchNorm2d(8, **norm),
+        nn.ReLU(inplace=True),
+        separable(8, 6, stride=2, padding=(0, 1, 2, 1)),
+        nn.BatchNorm2d(6, **norm),
+        nn.Sequential(
+            DepthwiseConv2d(6, 6, 3, padding=2, dilation=2, bias=False), nn.ReLU(), nn.Conv2d(6, 5, 1, bias=False)
+        ),
+        nn.ReLU(inplace=True),
+        separable(5, 4, bias=True),
+        nn.ReLU(),
+        separable(4, 7),
+        separable(7, 4),
+        nn.BatchNorm2d(4, **norm),
+        nn.ReLU(inplace=True),
+    ]
+
+
+def pair(made, dtype=torch.float32, seed=0):
+    """The same layers in ``nn.Sequential`` and ``FusedSequential``, with random norms."""
+    torch.manual_seed(seed)
+    plain = nn.Sequential(*made)
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    plain = plain.to(dtype)
+    return plain, FusedSequential(*copy.deepcopy(list(plain)))
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """The calls of ``separable_block``: whether with a center, with ReLU, with statistics."""
+    calls = []
+
+    def record(*arguments, **options):
+        calls.append((arguments[1] is not None, arguments[4], options["statistics"]))
+        return run(*arguments, **options)
+
+    run = block.separable_block
+    monkeypatch.setattr(block, "separable_block", record)
+    return calls
+
+
+def input(dtype=torch.float32, N=4, mean=0.0, layout=torch.channels_last):
+    torch.manual_seed(1)
+    return (torch.randn(N, 3, 12, 11) + mean).to(dtype).contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("mean", [0, 1e4])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+def test_training_agrees(layout, mean, backend, blocks):
+    plain, fused = (m.to(backend.device) for m in pair(layers()))
+    exact, x = copy.deepcopy(plain).double(), input(mean=mean, layout=layout).to(backend.device)
+    found = [results(model, t) for model, t in ((fused, x), (plain, x), (exact, x.double()))]
+    assert blocks == [
+        (False, True, True),
+        (True, True, True),
+        (True, False, False),
+        (False, True, False),
+        (False, False, False),
+    ]
+    assert_all_no_worse_than_torch(*found, "output and gradients")
+    statistics = [[b for b in model.buffers() if b.is_floating_point()] for model in (fused, plain, exact)]
+    assert_all_no_worse_than_torch(*statistics, "running statistics")
+    assert all(m.num_batches_tracked == 1 for m in fused if isinstance(m, nn.BatchNorm2d))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_agrees(autocast, backend):
+    dtype = torch.bfloat16
+    kept = torch.float32 if autocast else dtype
+    plain, fused = (m.to(backend.device) for m in pair(layers(), kept))
+    exact, x = copy.deepcopy(plain).double(), input(kept).to(backend.device)
+    with torch.autocast(backend.device, dtype, enabled=autocast):
+        found = [results(fused, x), results(plain, x)]
+    assert found[0][0].dtype == found[1][0].dtype == dtype
+    assert_all_no_worse_than_torch(*found, results(exact, x.double()), "output and gradients")
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [dict(), dict(momentum=None), dict(affine=False), dict(track_running_stats=False), dict(eps=0.1, momentum=0.7)],
+)
+def test_every_kind_of_norm(norm):
+    plain, fused = pair(layers(**norm), torch.float64)
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    for step in range(3):
+        x = input(torch.float64) * (step + 1) + step
+        torch.testing.assert_close(results(fused, x), results(plain, x))
+        torch.testing.assert_close(fused.state_dict(), plain.state_dict())
+    for model in (plain, fused):
+        model.eval()
+    before = copy.deepcopy(fused.state_dict())
+    torch.testing.assert_close(results(fused, x), results(plain, x))
+    torch.testing.assert_close(fused.state_dict(), before, rtol=0, atol=0)
+
+
+def test_frozen_norms_make_no_statistics(blocks):
+    """Those in eval mode inside a model that trains."""
+    plain, fused = pair(layers(), torch.float64)
+    for model in (plain, fused):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_var, 0.5, 2)
+                module.eval()
+    fused.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(results(fused, input(torch.float64)), results(plain, input(torch.float64)))
+    assert blocks and not any(statistics for _, _, statistics in blocks)
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    ("change", "fused_calls"),
+    [
+        (lambda model: model[1].depthwise.register_forward_hook(lambda module, args, y: 2 * y), 1),
+        (lambda model: model[1].register_forward_pre_hook(lambda module, args: (2 * args[0],)), 1),
+        (lambda model: model[2].register_forward_hook(lambda module, args, y: 2 * y), 2),
+        (lambda model: model[0].register_full_backward_hook(lambda module, dx, dy: (2 * dx[0],)), 2),
+        (lambda model: setattr(model[4], "forward", lambda x, m=model[4]: 2 * type(m).forward(m, x)), 1),
+        (lambda model: model.__setitem__(2, Doubled(8, dtype=torch.float64)), 2),
+        (lambda model: model.__setitem__(4, separable(8, 6, bias=(True, False)).double()), 1),
+        (lambda model: model.__setitem__(4, separable(8, 6, bias=(False, True)).double()), 1),
+        (lambda model: model.__setitem__(4, separable(8, 6, padding_mode="reflect").double()), 1),
+        (lambda model: model.__setitem__(4, separable(8, 6, activation=nn.ELU(2.0)).double()), 1),
+        (lambda model: model.__setitem__(4, separable(8, 6, activation=nn.Sigmoid()).double()), 1),
+        (lambda model: model.__setitem__(3, nn.ReLU6()), 2),
+        (lambda model: nn.utils.parametrizations.orthogonal(model[4].pointwise), 1),
+    ],
+)
+def test_what_is_not_known_runs_as_itself(change, fused_calls, blocks):
+    models = pair(layers()[:5], torch.float64)
+    for model in models:
+        torch.manual_seed(2)
+        change(model)
+    plain, fused = models
+    torch.testing.assert_close(results(fused, input(torch.float64)), results(plain, input(torch.float64)))
+    assert len(blocks) == fused_calls
+
+
+def test_sync_batch_norm_is_called():
+    _, fused = pair(layers())
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    called = []
+    for module in converted:
+        if isinstance(module, nn.SyncBatchNorm):
+            module.forward = lambda x: called.append(x.shape) or x
+    converted(input())
+    assert len(called) == 3
+
+
+def test_a_norm_of_one_value_is_refused():
+    model = FusedSequential(separable(3, 8), nn.BatchNorm2d(8), separable(8, 2))
+    with pytest.raises(ValueError, match="more than 1 value per channel.*1, 8, 1, 1"):
+        model(torch.randn(1, 3, 1, 1))
+    assert model.eval()(torch.randn(1, 3, 1, 1)).shape == (1, 2, 1, 1)
+
+
+def test_an_empty_batch_leaves_the_statistics():
+    plain, fused = pair(layers())
+    x = input(N=0)
+    assert fused(x).shape == plain(x).shape
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict())
+
+
+def test_copies_and_parts():
+    _, fused = pair(layers())
+    x = input()
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(other(x), fused(x))
+    assert type(fused[:2]) is FusedSequential
+    torch.testing.assert_close(fused[2:](fused[:2](x)), fused(x))
+
+
+@needs.compiling
+def test_compile():
+    plain, fused = pair(layers())
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    x = input()
+    torch.testing.assert_close(results(compiled, x), results(plain, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict())
