@@ -16,6 +16,10 @@ float64.  ``center``, ``scale`` and ``shift`` are the function on load, u = relu
 import triton
 import triton.language as tl
 
+from . import configs
+
+HELD = tl.constexpr(configs.HELD)
+
 
 @triton.jit
 def _applied(v, inside, center, scale, shift, ON_LOAD: tl.constexpr, RELU: tl.constexpr):
@@ -42,7 +46,7 @@ def _u(
 def _held(w, k, w_k, w_tap, inside, COUNT: tl.constexpr):
     """The filters of a tile where registers have room for them; as they are stored, two halves in one."""
     taps = ()
-    if COUNT <= 9:
+    if COUNT <= HELD:
         for tap in tl.static_range(COUNT):
             taps = taps + (tl.load(w + k * w_k + tap * w_tap, mask=inside, other=0.0),)
     return taps
@@ -134,7 +138,7 @@ def depthwise_fprop_kernel(
     for row in range(first, last, BLOCK_P):
         p = row + pixel // BLOCK_Q
         acc = begin
-        if R * S <= 9:
+        if R * S <= HELD:
             for r in tl.static_range(R):
                 h = p * STRIDE_H - pad_top + r * dilation_h
                 for s in tl.static_range(S):
@@ -201,6 +205,7 @@ def _dy(
         "q_blocks",
         "c_blocks",
         "units",
+        "splits",
     ]
 )
 def depthwise_backward_kernel(
@@ -331,7 +336,7 @@ def depthwise_backward_kernel(
                     if DGRAD:
                         du += g * held[tap].to(ACC)[None, :]
                 dw = grown
-            elif R * S <= 9:
+            elif R * S <= HELD:
                 for tap in tl.static_range(R * S):
                     top, left = pad_top - tap // S * dilation_h, pad_left - tap % S * dilation_w
                     for m in tl.static_range(M):

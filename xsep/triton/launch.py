@@ -23,7 +23,6 @@ _ACC = {torch.float64: tl.float64}
 _LONGEST = 31  # taps of a program's sums
 _REDUCED, _REDUCED_SPLITS = 128, 8  # tile of the sum of partial results
 
-
 Start = Callable[[Any, Any, tuple, dict[str, Any]], None]
 
 
@@ -160,7 +159,7 @@ def backward(
     wide_dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     grid = configs.grid(p, pass_, config, multiprocessors)
     units = N * grid.strips * grid.q_blocks
-    # Filters larger than that share their sums among programs: of a row of taps each.
+    # Programs share the sums of larger filters among them, a row of taps each.
     taps = R * S if R * S <= HELD or not wants_dw else min(S, _LONGEST)
     chunks = ceil_div(R * S, taps)
     summed = wants_dw or on_load is not None
