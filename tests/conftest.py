@@ -11,7 +11,9 @@ import torch
 from hypothesis import settings
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when the kernels are first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported, its own functions too
+
+from conv_cases import DTYPES
 
 import xsep
 from xsep.ops import cpu
@@ -74,6 +76,11 @@ def cuda(request):
 def interpreted(found):
     """Whether a backend is Triton's under the interpreter: no bfloat16, and milliseconds for each tap of each tile."""
     return found.name == "triton" and found.device == "cpu"
+
+
+def dtypes(found):
+    """Those that a backend takes, which compiled kernels do with all."""
+    return [dtype for dtype in DTYPES if dtype != torch.bfloat16 or not interpreted(found)]
 
 
 @contextmanager

@@ -22,8 +22,8 @@ def cases(draw, largest=45):
     stride = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
     dilation = (draw(st.sampled_from([1, 1, 1, 2, 3])), draw(st.sampled_from([1, 1, 1, 2, 3])))
     pad = tuple(draw(st.integers(0, 4)) for _ in range(4))
-    H = draw(st.integers(max(1, dilation[0] * (R - 1) + 1 - pad[0] - pad[1]), largest))
-    W = draw(st.integers(max(1, dilation[1] * (S - 1) + 1 - pad[2] - pad[3]), largest))
+    least = [max(1, dilation[i] * (taps - 1) + 1 - pad[2 * i] - pad[2 * i + 1]) for i, taps in enumerate((R, S))]
+    H, W = (draw(st.integers(extent, max(extent, largest))) for extent in least)
     return Shape(
         N=draw(st.integers(0, 3)),
         C=draw(st.sampled_from([1, 2, 3, 8, 15, 16, 17, 24, 32, 33, 64])),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import dtypes, interpreted
 from conv_cases import DTYPES, LAYOUTS, cases, dense, nbytes, rounded, sliced, true_results, wide
 from gradients import assert_all_no_worse_than_torch
 from hypothesis import given, settings
@@ -25,10 +26,10 @@ NAMES = ("y", "mean", "m2", *(f"gradient of {name}" for name in INPUTS))
 
 
 @st.composite
-def blocks(draw):
+def blocks(draw, largest=26):
     """A depthwise convolution and what goes round it; its vectors are those named."""
     return SimpleNamespace(
-        case=draw(cases(largest=26)),
+        case=draw(cases(largest)),
         K=draw(st.sampled_from([1, 2, 7, 16, 33])),
         vectors=draw(st.sets(st.sampled_from(INPUTS[1:4]))),
         relu=draw(st.booleans()),
@@ -147,8 +148,10 @@ def check_drawn(drawn, dtype, layout, device):
 
 
 def test_drawn_blocks(kernels):
-    @settings(max_examples=60 if kernels.name == "cpu" else 15)
-    @given(blocks(), st.sampled_from(DTYPES), st.sampled_from(LAYOUTS))
+    slow = interpreted(kernels)
+
+    @settings(max_examples=60 if kernels.name == "cpu" else 10 if slow else 15)
+    @given(blocks(10) if slow else blocks(), st.sampled_from(dtypes(kernels)), st.sampled_from(LAYOUTS))
     def check(drawn, dtype, layout):
         check_drawn(drawn, dtype, layout, kernels.device)
 

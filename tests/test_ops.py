@@ -4,7 +4,7 @@ import needs
 import numpy as np
 import pytest
 import torch
-from conftest import interpreted
+from conftest import dtypes, interpreted
 from conv_cases import DTYPES, LAYOUTS, cases, dense, rounded, sliced, torch_results, true_results, wide
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,10 +43,6 @@ def check_all_maps(case, dtype, layout, device):
     return results
 
 
-def dtypes(kernels):
-    return st.sampled_from([dtype for dtype in DTYPES if dtype != torch.bfloat16 or not interpreted(kernels)])
-
-
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(NAMED))
@@ -82,7 +78,7 @@ def test_drawn_shapes(kernels):
     slow = interpreted(kernels)
 
     @settings(max_examples=10 if slow else 50)
-    @given(cases(largest=12) if slow else cases(), dtypes(kernels), st.sampled_from(LAYOUTS))
+    @given(cases(largest=12) if slow else cases(), st.sampled_from(dtypes(kernels)), st.sampled_from(LAYOUTS))
     def check(case, dtype, layout):
         check_all_maps(case, dtype, layout, kernels.device)
 
@@ -138,7 +134,12 @@ def test_function_on_load(kernels):
     slow = interpreted(kernels)
 
     @settings(max_examples=10 if slow else 30)
-    @given(cases(largest=12) if slow else cases(), dtypes(kernels), st.sampled_from(LAYOUTS), st.booleans())
+    @given(
+        cases(largest=12) if slow else cases(),
+        st.sampled_from(dtypes(kernels)),
+        st.sampled_from(LAYOUTS),
+        st.booleans(),
+    )
     def check(case, dtype, layout, relu):
         check_on_load(case, dtype, layout, relu, kernels)
 
