@@ -1,4 +1,4 @@
-"""Checkpoints: round trips, every kind of file that others write, and files that are none."""
+"""Checkpoints: round trips, what torch's programs write, and files that are none."""
 
 import copy
 import io
@@ -6,7 +6,6 @@ import pickle
 import re
 import resource
 import sys
-import zipfile
 
 import pytest
 import safetensors.torch
@@ -14,29 +13,25 @@ import timm
 import torch
 from torch import nn
 
-import xsep
-from xsep.checkpoints import build, load, save
-from xsep.checkpoints.keras import read_layers
-from xsep.models import xception
-
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
-CLASSES = 5
 
+from checkpoint_files import (  # noqa: E402
+    CLASSES,
+    archive,
+    assert_same_state,
+    blank,
+    hollow,
+    layers_of,
+    legacy_file,
+    randomized,
+    refused,
+    saved,
+    written,
+)
 
-def randomized(module, seed=0):
-    """Random values, BatchNorm's statistics among them, so that nothing passes for something else."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in module.state_dict().items():
-            if "num_batches" in name:
-                tensor.fill_(3 + seed)
-            elif "running_var" in name:
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            elif tensor.dim() == 1:
-                tensor.normal_(0, 0.1, generator=generator)
-            else:
-                tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
-    return module.eval()
+import xsep  # noqa: E402
+from xsep.checkpoints import build, load, save  # noqa: E402
+from xsep.models import xception  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -49,33 +44,6 @@ def timms():
 def ours():
     """Our model with Keras's constants, and other values than timm's."""
     return randomized(xception("keras", num_classes=CLASSES), seed=1)
-
-
-def blank(preset, num_classes=CLASSES, **options):
-    """A model to load into, whose values are NaN."""
-    with torch.device("meta"):
-        model = xception(preset, num_classes=num_classes, **options)
-    return model.to_empty(device="cpu")
-
-
-def hollow(state):
-    """Tensors of the same shapes, of one zero each: for what is refused before a value is looked at."""
-    return {key: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for key, tensor in state.items()}
-
-
-def assert_same_state(found, expected, counts=True):
-    assert found.keys() == expected.keys()
-    for key in expected:
-        if counts or "num_batches" not in key:
-            assert torch.equal(found[key], expected[key].to(found[key].dtype)), key
-
-
-def written(path, state):
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(state, str(path))
-    else:
-        torch.save(state, path)
-    return path
 
 
 # What other programs make of a state dict.
@@ -174,11 +142,6 @@ def test_round_trip_of_another_dtype(ending, dtype, ours, tmp_path):
     assert_same_state(other.state_dict(), model.state_dict(), counts=ending != ".weights.h5")
 
 
-def saved(model, path):
-    save(model, path)
-    return path
-
-
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 def test_timm_loads_what_is_saved(ending, ours, tmp_path):
     file = saved(ours, tmp_path / f"x{ending}")
@@ -241,24 +204,6 @@ def test_an_unknown_record_is_refused(timms, tmp_path):
 
 
 # Strictness.
-
-
-def versions(model):
-    """Where the values are, and how often torch has counted a write to them."""
-    return [(tensor.data_ptr(), tensor._version) for tensor in model.state_dict().values()]
-
-
-def refused(model, file, *patterns):
-    """The file is refused with a message that begins with its name, and the model stays as it is."""
-    before = versions(model)
-    with pytest.raises(ValueError) as caught:
-        load(model, file)
-    message = str(caught.value)
-    assert message.startswith(f"{file}: ")
-    for pattern in patterns:
-        assert re.search(pattern, message, re.DOTALL), message
-    assert versions(model) == before
-    return message
 
 
 def test_what_does_not_fit_is_listed(timms, tmp_path):
@@ -379,14 +324,6 @@ def test_an_absent_file_and_a_folder(tmp_path):
         load(model, tmp_path)
 
 
-def archive(**members):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as zipped:
-        for name, content in members.items():
-            zipped.writestr(name, content)
-    return buffer.getvalue()
-
-
 def serialized(value):
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -473,135 +410,6 @@ def test_a_damaged_archive(ours, tmp_path):
     zipped[len(zipped) // 2] ^= 1
     (tmp_path / "x.keras").write_bytes(zipped)
     refused(blank("keras"), tmp_path / "x.keras", "CRC")
-
-
-# Keras's files, made by hand; below, made by Keras.
-
-
-def layers_of(model, folder):
-    return read_layers(saved(model, folder / "layers.weights.h5"))[1]
-
-
-def legacy_file(path, layers, root="", ending=":0", repeated="", order=None, model=""):
-    """A legacy file as old versions wrote it: ``model`` names a nested model, ``repeated`` follows layers' names."""
-    with h5py.File(path, "w") as file:
-        top = file.require_group(root) if root else file
-        groups = {model: layers} if model else {layer.name: [layer] for layer in layers}
-        top.attrs["layer_names"] = [name.encode() for name in ["input_1", *groups]]
-        top.create_group("input_1").attrs["weight_names"] = []
-        for name, inside in groups.items():
-            group = top.create_group(name)
-            variables = [
-                (f"{layer.name}{repeated}/{variable}{ending}", tensor)
-                for layer in inside
-                for variable, tensor in layer.variables.items()
-            ]
-            names = [key.encode() for key, _ in sorted(variables, key=order or (lambda item: 0))]
-            if model:  # Keras cuts an attribute of more than 64 KB into chunks
-                group.attrs["weight_names0"], group.attrs["weight_names1"] = names[:100], names[100:]
-            else:
-                group.attrs["weight_names"] = names
-            for key, tensor in variables:
-                group[key] = tensor.numpy()
-    return path
-
-
-LEGACY = {
-    "weights only": {},
-    "model.save": {"root": "model_weights", "ending": ""},
-    "repeated names": {"repeated": "_1"},
-    # The statistics of a nested model's BatchNorms come after every trainable variable.
-    "nested": {"model": "xception", "order": lambda item: "moving" in item[0]},
-    # In a partly frozen model, the variables of the first blocks come last.
-    "partly frozen": {"model": "xception", "order": lambda item: "moving" in item[0] or "block1_" in item[0]},
-}
-
-
-@pytest.mark.parametrize("kind", LEGACY)
-def test_legacy_files_of_keras(kind, ours, tmp_path):
-    model = blank("keras")
-    file = legacy_file(tmp_path / "x.h5", layers_of(ours, tmp_path), **LEGACY[kind])
-    assert load(model, file) == ("Keras legacy HDF5", "keras", [])
-    assert_same_state(model.state_dict(), ours.state_dict(), counts=False)
-
-
-def edited(ours, folder, edit):
-    """Our ``.weights.h5`` after a change."""
-    file = saved(ours, folder / "x.weights.h5")
-    with h5py.File(file, "a") as opened:
-        edit(opened)
-    return file
-
-
-def unnamed(file):
-    file.visititems(lambda path, found: found.attrs.pop("name", None) and None)
-
-
-def test_keras_3_without_names(ours, tmp_path):
-    model = blank("keras")
-    load(model, edited(ours, tmp_path, unnamed))
-    assert_same_state(model.state_dict(), ours.state_dict(), counts=False)
-
-
-def nest(file):
-    """The base within a Sequential model that has a head of its own, an optimizer and a generator of random numbers."""
-    unnamed(file)
-    del file["layers/dense"]
-    file.move("layers", "inner")
-    file.move("inner", "layers/functional/layers")
-    file["layers/dense/vars/0"], file["layers/dense/vars/1"] = torch.zeros(2048, 3).numpy(), torch.zeros(3).numpy()
-    file["layers/dropout/seed_generator/vars/0"] = file["optimizer/vars/0"] = torch.zeros(2).numpy()
-
-
-def test_keras_3_with_a_nested_base(ours, tmp_path):
-    model = blank("keras", num_classes=0)
-    left_out = load(model, edited(ours, tmp_path, nest)).left_out
-    assert left_out == ["layers/dense/kernel", "layers/dense/bias"]
-    expected = {key: tensor for key, tensor in ours.state_dict().items() if "fc." not in key}
-    assert_same_state(model.state_dict(), expected, counts=False)
-    file = tmp_path / "x.weights.h5"
-    refused(blank("keras", num_classes=3), file, "missing:.*fc.weight.*unexpected:.*layers/dense/kernel")
-    built, loaded = build(file)
-    assert built.num_classes == 0 and loaded.left_out == left_out
-
-
-def bfloat16(file):
-    for path in ("layers/dense/vars/0", "layers/separable_conv2d_7/vars/1"):
-        tensor = torch.from_numpy(file[path][()]).bfloat16()
-        del file[path]
-        file[path] = tensor.view(torch.int16).numpy().view("V2")
-        file[path].attrs["dtype"] = "bfloat16"
-
-
-def test_keras_3_in_bfloat16(ours, tmp_path):
-    model = blank("keras")
-    load(model, edited(ours, tmp_path, bfloat16))
-    assert torch.equal(model.fc.weight, ours.fc.weight.bfloat16().float())
-    pointwise = "block4.rep.4.pointwise.weight"
-    expected = ours.state_dict()[pointwise].bfloat16().float()
-    assert torch.equal(model.state_dict()[pointwise], expected)
-
-
-def lose_and_add(file):
-    del file["layers/batch_normalization_4/vars/3"], file["layers/separable_conv2d_33"]
-    file["layers/conv2d/vars/1"] = torch.zeros(32).numpy()
-
-
-def test_keras_3_strictness(ours, tmp_path):
-    refused(
-        blank("keras"),
-        edited(ours, tmp_path, lose_and_add),
-        r"missing:.*block1.skipbn.running_var.*conv4.conv1.weight.*unexpected:.*conv1.bias \(layers/conv2d/bias\)",
-    )
-
-
-def twins(file):
-    file.copy("layers", "other")
-    file.move("other", "layers/functional/layers")
-
-
-def test_two_models_in_a_file_of_keras(ours, tmp_path):
-    refused(blank("keras"), edited(ours, tmp_path, twins), "more than one model")
 
 
 # Saving.
