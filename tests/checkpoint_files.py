@@ -33,7 +33,7 @@ def randomized(module, seed=0):
 
 
 def blank(preset, num_classes=CLASSES, **options):
-    """A model to load into, whose values are NaN."""
+    """A model to load into, without values."""
     with torch.device("meta"):
         model = xception(preset, num_classes=num_classes, **options)
     return model.to_empty(device="cpu")
