@@ -1,22 +1,29 @@
-"""JSON files that processes share."""
+"""Files that processes share, and files that must not be lost."""
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file, or raises ``OSError``; who reads it meanwhile finds the old one or the new one, whole."""
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file, or raises ``OSError``; who reads it then or meanwhile finds the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(value, file, indent=1)
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``write_bytes`` of a value as JSON."""
+    write_bytes(path, json.dumps(value, indent=1).encode())

@@ -154,7 +154,7 @@ class Xception(nn.Module):
         if fc_layers < 0:
             raise ValueError(f"fc_layers must not be negative; got {fc_layers}")
         self.preset, self.in_chans, self.drop_rate, self.features_only = preset, in_chans, drop_rate, features_only
-        self.fused = fused
+        self.activation, self.fused = activation, fused
         constants = PRESETS[preset]
         norm = partial(nn.BatchNorm2d, eps=constants.eps, momentum=constants.momentum)
 
