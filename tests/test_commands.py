@@ -36,11 +36,11 @@ def test_info():
         "in use:",
         "CUDA kernels",
         "CUDA emulated",
+        "Triton kernels",
         "torch",
         "cpu   float16",
     ):
         assert word in out
-    assert "no Triton kernels" in out
 
 
 SMALL = ("--batch-size", 2, "--img-size", 75, "--num-warm-iter", 1, "--num-bench-iter", 2)
