@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what it has found out about a machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xsep"
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file, or raises ``OSError``; who reads it then or meanwhile finds the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)

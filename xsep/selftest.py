@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ._files import write_json
+from ._files import cache_folder, write_json
 from .ops import aten
 from .ops.backends import BACKENDS
 from .ops.compiled import DTYPES, PASSES
@@ -328,8 +328,7 @@ def _load(path: Path) -> dict:
 
 
 def _verdicts() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "xsep" / "selftest.json"
+    return cache_folder() / "selftest.json"
 
 
 def _key(backend: Any, card: int) -> str:

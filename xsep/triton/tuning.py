@@ -8,7 +8,6 @@ is captured, under the interpreter or while torch compiles: the model's first ru
 from __future__ import annotations
 
 import json
-import os
 import threading
 from pathlib import Path
 from typing import Any, Callable
@@ -16,7 +15,7 @@ from typing import Any, Callable
 import torch
 
 from .._compat import is_compiling
-from .._files import write_json
+from .._files import cache_folder, write_json
 from .._version import __version__
 from ..ops.compiled import PASSES
 from ..ops.problem import Problem
@@ -24,12 +23,9 @@ from ..ops.tuning import cuda_milliseconds
 from .configs import Config, candidates, ordered
 
 _TIMED = 3  # candidates
+_FILE = "triton.json"
 
 Clock = Callable[[list[Callable[[], Any]]], list[float]]
-
-
-def cache_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xsep" / "triton.json"
 
 
 def kind(p: Problem, pass_: int, on_load: bool) -> str:
@@ -84,13 +80,13 @@ class Choices:
 
     def _kept(self, key: tuple[str, str], p: Problem, pass_: int) -> Config | None:
         if self._read is None:
-            self._read = _load(self._path or cache_file())
+            self._read = _load(self._path or cache_folder() / _FILE)
         numbers = self._read.get(key[0], {}).get(key[1])
         config = Config(*numbers) if isinstance(numbers, list) and len(numbers) == 4 else None
         return config if config in candidates(p, pass_) else None
 
     def _keep(self, key: tuple[str, str], config: Config) -> None:
-        path = self._path or cache_file()
+        path = self._path or cache_folder() / _FILE
         try:
             kept = _load(path)  # another process may have added to it
             kept.setdefault(key[0], {})[key[1]] = list(config)
