@@ -136,22 +136,22 @@ class TritonBackend:
     def _run(self, p: Problem, pass_: int, on_load, run):
         if self.device == "cpu":
             return run(configs.INTERPRETED, _INTERPRETED_MULTIPROCESSORS)
-        if self._traced:
-            multiprocessors = _card(max(p.device_index, 0)).multiprocessors
-            return run(self.choices.first(p, pass_, multiprocessors), multiprocessors, _launch()[0].start_traced)
         index = max(p.device_index, 0)
         card = _card(index)
+        if self._traced:
+            config = configs.ordered(p, pass_, card.multiprocessors)[0]
+            return run(config, card.multiprocessors, _launch()[0].start_traced)
+        if index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self._run(p, pass_, on_load, run)
 
         def start(config: configs.Config):
             return run(config, card.multiprocessors)
 
-        if index != torch.cuda.current_device():
-            with torch.cuda.device(index):
-                return self._run(p, pass_, on_load, run)
         if self._tunes and tuning.may_time():
             config = self.choices.choose(p, pass_, on_load is not None, card.name, card.multiprocessors, start)
         else:
-            config = self.choices.first(p, pass_, card.multiprocessors)
+            config = _first(p, pass_, card.multiprocessors)
         return start(config)
 
     # What the self-test asks of a backend.
@@ -173,6 +173,11 @@ class TritonBackend:
 
     def origin(self) -> str:
         return f"{Path(tuning.__file__).parent} ({self.binary()})"
+
+
+@lru_cache(maxsize=4096)
+def _first(p: Problem, pass_: int, multiprocessors: int) -> configs.Config:
+    return configs.ordered(p, pass_, multiprocessors)[0]
 
 
 @lru_cache(maxsize=64)

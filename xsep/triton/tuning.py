@@ -44,12 +44,9 @@ class Choices:
     def __init__(self, path: Path | None = None, clock: Clock = cuda_milliseconds):
         self._path, self._clock = path, clock
         self._chosen: dict[tuple[str, str], Config] = {}
+        self._of_problems: dict[tuple, Config] = {}  # to name the kind of a problem takes longer than to find it here
         self._lock = threading.Lock()
         self._read: dict[str, dict[str, list[int]]] | None = None
-
-    def first(self, p: Problem, pass_: int, multiprocessors: int) -> Config:
-        """The model's."""
-        return ordered(p, pass_, multiprocessors)[0]
 
     def choose(
         self,
@@ -61,15 +58,16 @@ class Choices:
         run: Callable[[Config], Any],
     ) -> Config:
         """The fastest for this kind of problem on this model of card; ``run`` runs the problem with a candidate."""
-        key = card, kind(p, pass_, on_load)
-        found = self._chosen.get(key)
+        of_problem = card, p, pass_, on_load
+        found = self._of_problems.get(of_problem)
         if found is None:
+            key = card, kind(p, pass_, on_load)
             with self._lock:
                 found = self._chosen.get(key) or self._kept(key, p, pass_)
                 if found is None:
                     found = self._fastest(ordered(p, pass_, multiprocessors)[:_TIMED], run)
                     self._keep(key, found)
-                self._chosen[key] = found
+                self._chosen[key] = self._of_problems[of_problem] = found
         return found
 
     def _fastest(self, configs: list[Config], run: Callable[[Config], Any]) -> Config:
