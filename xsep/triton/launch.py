@@ -35,10 +35,6 @@ def start_traced(kernel, programs, arguments: tuple, constants: dict[str, Any]) 
     torch.library.wrap_triton(kernel)[(programs,)](*arguments, **constants)
 
 
-def _acc(p: Problem):
-    return _ACC.get(p.dtype, tl.float32)
-
-
 def _wide(*tensors: Tensor) -> bool:
     """Whether offsets within an image need 64 bits.  Symbolic sizes may."""
     extents = [sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:])) for t in tensors]
@@ -86,7 +82,28 @@ def _geometry(p: Problem) -> tuple:
     return p.pad[0], p.pad[2], *p.dilation
 
 
-def empty(p: Problem, sizes, like: Tensor) -> Tensor:
+def _constants(p: Problem, on_load, config: Config, align: int, *tensors: Tensor | None) -> dict[str, Any]:
+    """What the compiler has to know, of fprop and of the gradients alike."""
+    K, _, R, S = p.w
+    return dict(
+        R=R,
+        S=S,
+        M=K // p.x[1],
+        STRIDE_H=p.stride[0],
+        STRIDE_W=p.stride[1],
+        ON_LOAD=on_load is not None,
+        RELU=on_load is not None and on_load[3],
+        ALIGN=align,
+        WIDE=_wide(*(t for t in tensors if t is not None)),
+        ACC=_ACC.get(p.dtype, tl.float32),
+        BLOCK_P=config.block_p,
+        BLOCK_Q=config.block_q,
+        BLOCK_C=config.block_c,
+        num_warps=config.warps,
+    )
+
+
+def _empty(p: Problem, sizes, like: Tensor) -> Tensor:
     return torch.empty(sizes, dtype=p.dtype, device=like.device, memory_format=p.memory_format)
 
 
@@ -100,10 +117,9 @@ def fprop(
     multiprocessors: int,
     start: Start = start,
 ) -> Tensor:
-    y = empty(p, p.y, x)
-    N, K, P, Q = p.y
+    y = _empty(p, p.y, x)
+    N, _, P, Q = p.y
     _, C, H, W = p.x
-    R, S = p.w[2:]
     grid = configs.grid(p, FPROP, config, multiprocessors)
     programs = N * grid.strips * grid.q_blocks * grid.c_blocks
     if isinstance(programs, int) and programs == 0:
@@ -117,23 +133,7 @@ def fprop(
         depthwise_fprop_kernel,
         programs,
         (*tensors, *_strides(x, align), *_strides(y, align), w_k, w_tap, *sizes, *grid),
-        dict(
-            R=R,
-            S=S,
-            M=K // C,
-            STRIDE_H=p.stride[0],
-            STRIDE_W=p.stride[1],
-            HAS_BIAS=bias is not None,
-            ON_LOAD=on_load is not None,
-            RELU=on_load is not None and on_load[3],
-            ALIGN=align,
-            WIDE=_wide(x, y),
-            ACC=_acc(p),
-            BLOCK_P=config.block_p,
-            BLOCK_Q=config.block_q,
-            BLOCK_C=config.block_c,
-            num_warps=config.warps,
-        ),
+        dict(_constants(p, on_load, config, align, x, y), HAS_BIAS=bias is not None),
     )
     return y
 
@@ -155,7 +155,7 @@ def backward(
     """
     wants_dx, wants_dw = pass_ in (DGRAD, DGRAD_WGRAD), pass_ in (WGRAD, DGRAD_WGRAD)
     (N, C, H, W), (K, _, R, S), (P, Q) = p.x, p.w, p.y[2:]
-    dx = empty(p, p.x, dy) if wants_dx else None
+    dx = _empty(p, p.x, dy) if wants_dx else None
     wide_dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     grid = configs.grid(p, pass_, config, multiprocessors)
     units = N * grid.strips * grid.q_blocks
@@ -178,25 +178,7 @@ def backward(
             depthwise_backward_kernel,
             grid.c_blocks * splits * chunks,
             (*tensors, *strides, w_k, w_tap, *sizes, *grid, units, splits),
-            dict(
-                R=R,
-                S=S,
-                M=K // C,
-                STRIDE_H=p.stride[0],
-                STRIDE_W=p.stride[1],
-                DGRAD=wants_dx,
-                WGRAD=wants_dw,
-                ON_LOAD=on_load is not None,
-                RELU=on_load is not None and on_load[3],
-                ALIGN=align,
-                WIDE=_wide(*(t for t in (x, dy, dx) if t is not None)),
-                TAPS=taps,
-                ACC=_acc(p),
-                BLOCK_P=config.block_p,
-                BLOCK_Q=config.block_q,
-                BLOCK_C=config.block_c,
-                num_warps=config.warps,
-            ),
+            dict(_constants(p, on_load, config, align, x, dy, dx), DGRAD=wants_dx, WGRAD=wants_dw, TAPS=taps),
         )
     dw = out = None
     if partials is not None:
