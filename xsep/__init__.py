@@ -1,6 +1,6 @@
 """Depthwise-separable convolution for PyTorch, as fast as memory and matrix units allow."""
 
-from . import models, nn
+from . import checkpoints, models, nn
 from ._version import __version__
 from .nn import DepthwiseConv2d, SeparableConv2d, convert
 from .ops import (
@@ -19,6 +19,7 @@ __all__ = [
     "SeparableConv2d",
     "__version__",
     "backend",
+    "checkpoints",
     "convert",
     "depthwise_conv2d",
     "empty_cache",
