@@ -144,9 +144,10 @@ def test_standard_input(model, weights, photographs, capsys, monkeypatch):
     assert results[0]["predictions"][0]["number"] == expected(model, photographs / "a.png")[0][0]
 
 
-def test_as_a_program(weights, photographs):
+def test_as_a_program(weights, tmp_path):
     command = [sys.executable, "-m", "xsep.classify", "-", "--weights", str(weights)]
-    done = subprocess.run(command, input=b"no picture", capture_output=True)
+    # Elsewhere than in the checkout, whose folder would hide the installed package.
+    done = subprocess.run(command, input=b"no picture", capture_output=True, cwd=tmp_path)
     assert done.returncode == 1 and b"cannot read standard input" in done.stderr and not done.stdout
     assert b"Traceback" not in done.stderr
 
