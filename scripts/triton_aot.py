@@ -12,6 +12,7 @@ thread, bytes of shared memory a program, the widest loads and stores.
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import re
 import subprocess
@@ -172,7 +173,9 @@ def _ptxas(ptx: str) -> tuple[int, int]:
     from triton.backends.nvidia.compiler import get_ptxas
 
     arch = _PTX_ARCH.search(ptx).group(1)  # type: ignore[union-attr]
-    tool = get_ptxas(int(re.sub(r"\D", "", arch)))
+    number = int(re.sub(r"\D", "", arch))
+    tool = get_ptxas(number) if inspect.signature(get_ptxas).parameters else get_ptxas()  # as Triton's version has it
+    tool = tool[0] if isinstance(tool, tuple) else tool
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
