@@ -97,11 +97,11 @@ inline vec<A, L> clamped(vec<A, L> v, A low, A high) {
 }
 
 // Of a panel: its numbers as T has them, and the mean and the sum of squared deviations of each lane.  Deviations are
-// summed about the mean as it comes out first: what they sum to corrects its rounding.
+// summed about the mean as it comes out first: what they sum to is the correction of its rounding.
 template <class T>
 void finish(const Finish<acc_t<T>>& f) {
   typedef acc_t<T> A;
-  constexpr int L = kLanes<A>, B = kBlock<A>;
+  constexpr int L = kLanes<A>, B = kBlock<A>, kStretch = 16;
   for (int v = 0; v < B; v += L) {
     vec<A, L> sum = {}, bias = {};
     if (f.bias) bias = load<L>(f.bias + v);
@@ -121,13 +121,21 @@ void finish(const Finish<acc_t<T>>& f) {
     if (!f.mean) continue;
     const vec<A, L> mean = sum / static_cast<A>(f.rows);
     vec<A, L> total = {}, squares = {};
-    for (int i = 0; i < f.rows; ++i) {
-      const vec<A, L> deviation = load<L>(f.panel + i * B + v) - mean;
-      total += deviation;
-      squares += deviation * deviation;
+    // In short sums first: numbers of few digits are rounded alike, and long sums of them in one direction.
+    for (int first = 0; first < f.rows; first += kStretch) {
+      const int end = first + kStretch < f.rows ? first + kStretch : f.rows;
+      vec<A, L> some = {}, some_squares = {};
+      for (int i = first; i < end; ++i) {
+        const vec<A, L> deviation = load<L>(f.panel + i * B + v) - mean;
+        some += deviation;
+        some_squares += deviation * deviation;
+      }
+      total += some;
+      squares += some_squares;
     }
     const vec<A, L> correction = total / static_cast<A>(f.rows);
-    store<L>(f.mean + v, mean + correction);
+    store<L>(f.mean + v, mean);
+    store<L>(f.correction + v, correction);
     store<L>(f.m2 + v, squares - total * correction);
   }
 }

@@ -110,14 +110,15 @@ struct Gemm {
   bool add;
 };
 
-// A panel of products becomes clamp(product + bias + residual), rounded to T; its mean and sum of squared deviations.
+// A panel of products becomes clamp(product + bias + residual), rounded to T.  Its mean is mean + correction, of which A
+// need not have the digits; m2 is the sum of the squared deviations from it.
 template <class A>
 struct Finish {
   A* panel;  // [rows][kBlock]
   int rows;
   const A *bias, *residual;  // [kBlock], [rows][kBlock]; or null
   A low, high;
-  A *mean, *m2;  // [kBlock]; or null
+  A *mean, *correction, *m2;  // [kBlock]; or null
 };
 
 // Functions for one element type T.  The convolutions exist twice: on an NHWC tensor, and on staged tiles of A.

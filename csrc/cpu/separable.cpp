@@ -261,11 +261,12 @@ class Separable {
 
   void finish(int64_t image, Span rows, Span cols, int b, A* panel, A* own, int64_t count) const {
     const int pixels = rows.size() * cols.size();
-    A *const residual = own + plan_.extra, *const mean = own + plan_.tile_statistics, *const m2 = mean + block_;
+    A *const residual = own + plan_.extra, *const mean = own + plan_.tile_statistics;
+    A *const correction = mean + block_, *const m2 = correction + block_;
     if (args_.residual.data) stage(args_.residual, args_.K, image, rows, cols, b, {}, residual, block_);
     kernels_.finish({panel, pixels, args_.bias ? shared_ + plan_.bias + b * block_ : nullptr,
                      args_.residual.data ? residual : nullptr, static_cast<A>(args_.after.low),
-                     static_cast<A>(args_.after.high), args_.statistics ? mean : nullptr, m2});
+                     static_cast<A>(args_.after.high), args_.statistics ? mean : nullptr, correction, m2});
     const TensorRef y = dense<T>(args_.y, args_.nhwc, args_.K, P_, Q_);
     T* const dst = const_cast<T*>(at<T>(y, image, int64_t{b} * block_, rows.lo, cols.lo));
     store_({panel, block_, dst, y.h, y.w, y.c, rows.size(), cols.size(), lanes(b, args_.K), {}, nullptr});
@@ -275,7 +276,7 @@ class Separable {
     double* const m2s = means + plan_.k_blocks * block_;
     const double n = pixels, part = n / (count + n), weight = count * part;
     for (int lane = 0; lane < block_; ++lane) {
-      const double delta = mean[lane] - means[lane];
+      const double delta = static_cast<double>(mean[lane]) + correction[lane] - means[lane];
       means[lane] += delta * part;
       m2s[lane] += m2[lane] + delta * delta * weight;
     }

@@ -145,7 +145,7 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
     w_pw = of_call.add(int64_t{k_blocks} * block * s.C);
     bias = of_call.add(int64_t{k_blocks} * block);
     panels = of_thread.add(int64_t{kPanels} * pixels * block);
-    tile_statistics = of_thread.add(2 * block);
+    tile_statistics = of_thread.add(3 * block);
     statistics = of_thread.add(int64_t{k_blocks} * block * 2 * 2);  // in double
   }
   shared = of_call.size();
