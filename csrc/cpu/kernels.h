@@ -39,8 +39,8 @@ template <class A>
 struct Stage {
   const void* src;             // first pixel of the tile
   ptrdiff_t row, pixel, lane;  // strides of src in elements; NHWC or `pixel` 1
-  int rows, cols, lanes;
-  ptrdiff_t ahead;  // from src to what will be staged next, in elements: it is asked for in advance
+  int rows, cols, lanes;       // more than kBlock: several blocks of an NHWC tensor
+  ptrdiff_t ahead;             // from src to what will be staged next, in elements: it is asked for in advance
   Affine<A> affine;
   A* tile;               // its first pixel of this block
   ptrdiff_t tile_pixel;  // its stride
@@ -110,8 +110,8 @@ struct Gemm {
   bool add;
 };
 
-// A panel of products becomes clamp(product + bias + residual), rounded to T.  Its mean is mean + correction, of which A
-// need not have the digits; m2 is the sum of the squared deviations from it.
+// A panel of products becomes clamp(product + bias + residual), rounded to T.  Its mean is mean + correction, of which
+// A need not have the digits; m2 is the sum of the squared deviations from it.
 template <class A>
 struct Finish {
   A* panel;  // [rows][kBlock]

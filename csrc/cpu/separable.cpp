@@ -224,11 +224,17 @@ class Separable {
   static Span intersection(Span a, Span b) { return {std::max(a.lo, b.lo), std::min(a.hi, b.hi)}; }
   const T* w_pw() const { return static_cast<const T*>(args_.w_pw); }
 
-  // Block b of `rows` x `cols` of a tensor.
-  void stage(const TensorRef& t, int channels, int64_t image, Span rows, Span cols, int b, const Affine<A>& affine,
-             A* tile, int64_t tile_pixel) const {
-    stage_({at<T>(t, image, int64_t{b} * block_, rows.lo, cols.lo), t.h, t.w, t.c, rows.size(), cols.size(),
-            lanes(b, channels), rows.size() * t.h, affine, tile, tile_pixel});
+  // n blocks from b on of `rows` x `cols` of a tensor.
+  void stage(const TensorRef& t, int channels, int64_t image, Span rows, Span cols, int b, int n,
+             const Affine<A>& affine, A* tile, int64_t tile_pixel) const {
+    const int together = t.c == 1 && args_.nhwc ? n : 1;
+    for (int i = 0; i < n; i += together) {
+      const int first = (b + i) * block_;
+      Affine<A> own = affine;
+      if (affine.any) own.center += i * block_, own.scale += i * block_, own.shift += i * block_;
+      stage_({at<T>(t, image, first, rows.lo, cols.lo), t.h, t.w, t.c, rows.size(), cols.size(),
+              std::min(together * block_, channels - first), rows.size() * t.h, own, tile + i * block_, tile_pixel});
+    }
   }
 
   // u where `rows` x `cols` of z read it, n blocks from b on.
@@ -237,9 +243,7 @@ class Separable {
     const Span there = within(x_rows, s_.H), across = within(x_cols, s_.W);
     const int64_t pixel = int64_t{n} * block_;
     A* const tile = own + plan_.x_tile;
-    for (int i = 0; i < n; ++i) {
-      stage(args_.x, s_.C, image, there, across, b + i, fprop_.affine(b + i), tile + i * block_, pixel);
-    }
+    stage(args_.x, s_.C, image, there, across, b, n, fprop_.affine(b), tile, pixel);
     return {tile,
             across.size() * pixel,
             pixel,
@@ -263,7 +267,7 @@ class Separable {
     const int pixels = rows.size() * cols.size();
     A *const residual = own + plan_.extra, *const mean = own + plan_.tile_statistics;
     A *const correction = mean + block_, *const m2 = correction + block_;
-    if (args_.residual.data) stage(args_.residual, args_.K, image, rows, cols, b, {}, residual, block_);
+    if (args_.residual.data) stage(args_.residual, args_.K, image, rows, cols, b, 1, {}, residual, block_);
     kernels_.finish({panel, pixels, args_.bias ? shared_ + plan_.bias + b * block_ : nullptr,
                      args_.residual.data ? residual : nullptr, static_cast<A>(args_.after.low),
                      static_cast<A>(args_.after.high), args_.statistics ? mean : nullptr, correction, m2});
@@ -301,13 +305,13 @@ class Separable {
   // Block b of dy + dmean / count + 2 (y - mean) dm2, as a panel.
   void gradient_of_y(int64_t image, Span rows, int b, A* panel, A* extra) const {
     const bool with_dy = args_.dy.data != nullptr;
-    if (with_dy) stage(args_.dy, args_.K, image, rows, whole(Q_), b, {}, panel, block_);
+    if (with_dy) stage(args_.dy, args_.K, image, rows, whole(Q_), b, 1, {}, panel, block_);
     if (!args_.statistics) return;
     const A* vectors = shared_ + plan_.y_affine + b * block_;
     const int64_t each = int64_t{plan_.k_blocks} * block_;
     A* const to = with_dy ? extra : panel;
-    stage(args_.y_made, args_.K, image, rows, whole(Q_), b, {true, false, vectors, vectors + each, vectors + 2 * each},
-          to, block_);
+    stage(args_.y_made, args_.K, image, rows, whole(Q_), b, 1,
+          {true, false, vectors, vectors + each, vectors + 2 * each}, to, block_);
     if (with_dy) kernels_.add(extra, panel, int64_t{rows.size()} * Q_ * block_);
   }
 
