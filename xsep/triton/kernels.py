@@ -337,9 +337,10 @@ def depthwise_backward_kernel(
                         du += g * held[tap].to(ACC)[None, :]
                 dw = grown
             elif R * S <= HELD:
-                for tap in tl.static_range(R * S):
-                    top, left = pad_top - tap // S * dilation_h, pad_left - tap % S * dilation_w
-                    for m in tl.static_range(M):
+                # A loop that stays one: written out, the taps of several filters do not fit in registers.
+                for m in range(M):
+                    for tap in tl.static_range(R * S):
+                        top, left = pad_top - tap // S * dilation_h, pad_left - tap % S * dilation_w
                         at = (k + m) * y_c
                         g = _dy(image, h, column, at, in_c, y_h, y_w, P, Q, top, left, STRIDE_H, STRIDE_W, ACC)
                         if M == 1:
