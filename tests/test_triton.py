@@ -209,11 +209,11 @@ def elsewhere(*command, **options):
 
 
 def compiled(*options):
-    """The rows of scripts/triton_aot.py: (target, taps, layout, pass, registers, spilled, shared, load)."""
+    """The rows of scripts/triton_aot.py: (target, problem, layout, pass, registers, spilled, shared, load)."""
     run = elsewhere(str(ROOT / "scripts" / "triton_aot.py"), *options)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     rows = [line.split() for line in run.stdout.splitlines()[2:-1]]
-    return [(row[0], int(row[1][0]) ** 2, row[3], row[4], *map(int, row[7:11])) for row in rows]
+    return [(*row[:2], *row[3:5], *map(int, row[7:11])) for row in rows]
 
 
 # Registers of a thread; AMD's have 512 of them, and LLVM unrolls further there.
@@ -223,17 +223,18 @@ def compiled(*options):
         (("--targets", "sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "--problems", "3x3", "--most", "1"), 168),
         (("--targets", "gfx90a", "gfx942", "--problems", "3x3", "--most", "1"), 256),
         (("--targets", "sm_90", "--problems", "3x3"), 168),
+        (("--targets", "sm_75", "sm_100", "--problems", "3x3_multiplier", "--most", "2"), 256),
         (("--targets", "sm_80", "gfx90a", "--problems", "5x5", "3x3_stride2", "3x3_on_load", "--most", "1"), 512),
     ],
-    ids=["every NVIDIA target", "every AMD target", "every configuration", "every kind"],
+    ids=["every NVIDIA target", "every AMD target", "every configuration", "multiplier", "every kind"],
 )
 def test_compiles_ahead_of_time(options, budget, triton):
     rows = compiled(*options, "--dtypes", "float16")
     assert len(rows) >= 16
-    for target, taps, layout, pass_, registers, spilled, shared, load in rows:
+    for target, problem, layout, pass_, registers, spilled, shared, load in rows:
         assert spilled == 0 and registers <= budget and shared <= 4096, (target, layout, pass_)
-        if layout == "NHWC":  # 728 channels of two bytes are whole vectors
-            widest = 16 if pass_ == "fprop" else 8 if taps <= 9 or pass_ == "dgrad" else 4
+        if layout == "NHWC" and problem != "3x3_multiplier":  # 728 channels of two bytes are whole vectors
+            widest = 16 if pass_ == "fprop" else 8 if problem.startswith("3x3") or pass_ == "dgrad" else 4
             assert load >= (widest if target.startswith("sm_") else widest // 2), (target, pass_)
 
 

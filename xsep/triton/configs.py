@@ -49,16 +49,18 @@ def candidates(p: Problem, pass_: int) -> tuple[Config, ...]:
     """The configurations worth trying; what is compiled ahead of time in tests is the union over all problems.
 
     A thread holds 8 numbers of a tile, in NHWC 16 bytes of the channels of a pixel or two; 4 in NCHW, where each has an
-    address of its own.  wgrad holds as many sums for each tap: 4 numbers, 2 in NCHW and for filters of more than 9
-    taps, so that they stay in registers.  Half of all that for float64.  Tiles of several rows, for images
-    that do not fill a tile's columns, take registers for rows too: dgrad's are half as large.
+    address of its own.  wgrad holds as many sums for each tap: 4 numbers, so that they stay in registers; 2 in NCHW,
+    for filters of more than 9 taps and with a multiplier, where x and dy are of different channels.  Half of all that
+    for float64.  Tiles of several rows, for images that do not fill a tile's columns, take registers for rows too:
+    dgrad's are half as large.
     """
     gradients_of_w, double = pass_ in (WGRAD, DGRAD_WGRAD), itemsize(p.dtype) == 8
     if not p.nhwc:
         count = (256 if gradients_of_w else 512) >> double
         shapes = [(count // columns, columns, 1) for columns in (16, 32, 64)] + [(8, 16, 1 if gradients_of_w else 2)]
     else:
-        count = ((512 if p.w[2] * p.w[3] <= HELD else 256) if gradients_of_w else 1024) >> double
+        few = p.w[2] * p.w[3] <= HELD and p.w[0] == p.x[1]
+        count = ((512 if few else 256) if gradients_of_w else 1024) >> double
         shapes = []
         for rows, channels in ((1, 64), (2, 64), (1, 32), (4, 32)):
             pixels = (count >> (pass_ == DGRAD and rows > 1)) // channels
