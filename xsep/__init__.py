@@ -11,6 +11,7 @@ from .ops import (
     load_choices,
     save_choices,
     separable_block,
+    separable_block_inference,
     separable_conv2d,
 )
 
@@ -29,5 +30,6 @@ __all__ = [
     "nn",
     "save_choices",
     "separable_block",
+    "separable_block_inference",
     "separable_conv2d",
 ]
