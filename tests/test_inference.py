@@ -254,8 +254,7 @@ def test_a_backend_may_have_kernels_for_it(fits, monkeypatch):
     monkeypatch.setattr(cpu, "block_inference", kernel, raising=False)
     y = xsep.separable_block_inference(*six, relu=True, activation="relu", out_activation="relu6")
     b, *arguments = seen
-    assert (b.conv.x, b.conv.w, b.K) == ((2, 4, 5, 4), (8, 1, 3, 3), 3)
-    assert (b.relu, b.activation, b.out_activation, b.residual) == (True, "relu", "relu6", True)
+    assert (b.depthwise.x, b.depthwise.w, b.K, b.on_load, b.activation) == ((2, 4, 5, 4), (8, 1, 3, 3), 3, True, "relu")
     assert bool((y == 7).all()) == fits and len(arguments) == (8 if fits else 0)
     assert not fits or (all(map(torch.equal, arguments[:6], six)) and arguments[6:] == ["relu", "relu6"])
 

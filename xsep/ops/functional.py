@@ -191,7 +191,7 @@ def separable_block_inference(
                     "torch.no_grad(), or separable_block to train"
                 )
     geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
-    run = inference.compose if not is_compiling() and _under_transform() else torch.ops.xsep.block_inference
+    run: Callable = inference.compose if not is_compiling() and _under_transform() else torch.ops.xsep.block_inference
     return run(*tensors.values(), relu, activation, out_activation, *geometry)
 
 

@@ -8,12 +8,13 @@ those of ``block.py``; biases and residual are of the dtype of x.
 
 A backend that makes y in one go has two methods, ``why_not_block_inference(b)`` and
 ``block_inference(b, x, w_dw, w_pw, w_dw_bias, bias, residual, activation, out_activation)``, where b is a
-``BlockInference``.  For the others y is composed of their depthwise fprop and torch's pointwise convolution.
+``BlockProblem``, its ``on_load`` the ReLU.  For the others y is composed of their depthwise fprop and torch's pointwise
+convolution.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor
 from .._compat import register_autograd, register_fake, register_flop_formula
 from . import aten, backends, block
 from .library import GEOMETRY, flops, implement, lib, ops, problem_of, register_autocast
-from .problem import Problem, check_same, is_nhwc, memory_format, output_sizes
+from .problem import BlockProblem, check_same, is_nhwc, memory_format, output_sizes
 
 ACTIVATIONS = (None, "relu", "relu6")
 
@@ -30,17 +31,6 @@ lib.define(
     "block_inference(Tensor x, Tensor w_dw, Tensor w_pw, Tensor? w_dw_bias, Tensor? bias, Tensor? residual, "
     f"bool relu, str? activation, str? out_activation, {GEOMETRY}) -> Tensor"
 )
-
-
-class BlockInference(NamedTuple):
-    """What the choice of a kernel depends on: ``conv`` is the depthwise part, K the filters of the pointwise one."""
-
-    conv: Problem
-    K: int
-    relu: bool
-    activation: str | None
-    out_activation: str | None
-    residual: bool
 
 
 def compose(x, w_dw, w_pw, w_dw_bias, bias, residual, relu, activation, out_activation, stride, pad, dilation):
@@ -53,18 +43,22 @@ def compose(x, w_dw, w_pw, w_dw_bias, bias, residual, relu, activation, out_acti
 def _block_inference(x, w_dw, w_pw, w_dw_bias, bias, residual, relu, activation, out_activation, stride, pad, dilation):
     _check(x, w_dw, w_pw, w_dw_bias, bias, residual, stride, pad, dilation)
     p = problem_of(x, is_nhwc(x), x.shape, w_dw.shape, stride, pad, dilation)
-    chosen = backends.choose(p)
-    b = BlockInference(p, w_pw.shape[0], relu, activation, out_activation, residual is not None)
-    why_not = getattr(chosen, "why_not_block_inference", None)
-    if why_not is not None and why_not(b) is None:
-        tensors = x, w_dw, w_pw, w_dw_bias, bias, residual
-        return chosen.block_inference(b, *tensors, activation, out_activation)  # type: ignore[attr-defined]
+    chosen: Any = backends.choose(p)
+    b = BlockProblem(p, w_pw.shape[0], relu, activation)
+    if why_not_fused(b, chosen) is None:
+        return chosen.block_inference(b, x, w_dw, w_pw, w_dw_bias, bias, residual, activation, out_activation)
     z = chosen.fprop(p, x, w_dw, w_dw_bias, block._on_load(x, None, None, None, relu))
     z = _activated(z, activation, inplace=True)
     y = F.conv2d(z, block._pointwise(w_pw), bias).contiguous(memory_format=p.memory_format)
     if residual is not None:
         y += residual
     return _activated(y, out_activation, inplace=True)
+
+
+def why_not_fused(b: BlockProblem, chosen: backends.Backend) -> str | None:
+    """Why the backend that was chosen for the depthwise convolution composes the block, or None: it has a kernel."""
+    ask = getattr(chosen, "why_not_block_inference", None)
+    return ask(b) if ask else "it has no kernels for blocks in inference"
 
 
 implement("block_inference", _block_inference)
