@@ -2,7 +2,7 @@
 
 from . import checkpoints, models, nn
 from ._version import __version__
-from .nn import DepthwiseConv2d, SeparableConv2d, convert
+from .nn import DepthwiseConv2d, SeparableConv2d, convert, fuse
 from .ops import (
     backend,
     depthwise_conv2d,
@@ -25,6 +25,7 @@ __all__ = [
     "depthwise_conv2d",
     "empty_cache",
     "explain",
+    "fuse",
     "load_choices",
     "models",
     "nn",
