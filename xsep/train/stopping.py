@@ -1,0 +1,36 @@
+"""Signals that ask a training to stop."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stop:
+    """While it is entered, SIGTERM and SIGINT are kept in ``signal`` for the next step; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._keep)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _keep(self, number: int, frame: Any) -> None:
+        self.signal = number
+        for other, handler in self._before.items():
+            signal.signal(other, handler)
+
+
+def ignore_signals(worker: int) -> None:
+    """In a worker of a DataLoader, which ends with the process that it loads for: Ctrl-C reaches them all."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
