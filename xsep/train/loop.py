@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import _compat
 from . import logs, recipes, state
 from .averaging import Average
-from .data import Plan, batches
+from .data import Images, Plan, batches
 from .evaluation import evaluate, prepare
 from .processes import Processes
 from .recipes import Recipe
@@ -133,7 +133,7 @@ class _Training:
         self._open_logs()
         progress = self.progress
         self.parallel.train()
-        with Stop() as self.stop:
+        with Stop("" if self.joined.rank else "stopping after this step\n") as self.stop:
             signal = 0
             if progress.step and not progress.seen:
                 signal = self._evaluate()  # a checkpoint is saved before its epoch is evaluated
@@ -280,14 +280,9 @@ class _Training:
         """What decides how a training goes on."""
         plan = self.plan
         layout = {"batch_size": plan.batch_size, "accumulate": plan.accumulate, "size": plan.size, "seed": plan.seed}
-        workers = {} if hasattr(self.train, "samples") else {"workers": plan.workers}
-        return {
-            **layout,
-            **workers,
-            "processes": plan.world,
-            "amp": self.options.amp,
-            **dataclasses.asdict(self.recipe),
-        }
+        workers = {} if isinstance(self.train, Images) else {"workers": plan.workers}
+        recipe = {key: value for key, value in dataclasses.asdict(self.recipe).items() if key != "epochs"}
+        return {**layout, **workers, "processes": plan.world, "amp": self.options.amp, **recipe}
 
     def _save(self) -> None:
         """A checkpoint, by the first process; where that fails the training goes on."""

@@ -110,12 +110,18 @@ def make_loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _softmax_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = _in_full(logits)
     if labels.dim() == 2:
-        labels = labels / labels.sum(1, keepdim=True).clamp(min=1)
-    return F.cross_entropy(logits.float(), labels)
+        labels = (labels / labels.sum(1, keepdim=True).clamp(min=1)).to(logits.dtype)
+    return F.cross_entropy(logits, labels)
 
 
 def _sigmoid_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    logits = _in_full(logits)
     if labels.dim() == 1:
-        labels = F.one_hot(labels, logits.shape[1]).float()
-    return F.binary_cross_entropy_with_logits(logits.float(), labels, reduction="sum") / len(logits)
+        labels = F.one_hot(labels, logits.shape[1])
+    return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / len(logits)
+
+
+def _in_full(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
@@ -9,10 +10,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """While it is entered, SIGTERM and SIGINT are kept in ``signal`` for the next step; a second one acts at once."""
+    """While it is entered, SIGTERM and SIGINT are kept in ``signal`` for the next step.
 
-    def __init__(self) -> None:
+    So is a second one: torchrun passes on what a terminal or a scheduler has already sent to all.
+    """
+
+    def __init__(self, message: str = "") -> None:
         self.signal = 0
+        self._message = message.encode()
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -25,9 +30,9 @@ class Stop:
             signal.signal(number, handler)
 
     def _keep(self, number: int, frame: Any) -> None:
+        if not self.signal:
+            os.write(2, self._message)  # sys.stderr may be writing just now
         self.signal = number
-        for other, handler in self._before.items():
-            signal.signal(other, handler)
 
 
 def ignore_signals(worker: int) -> None:
