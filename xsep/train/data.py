@@ -7,20 +7,21 @@ continue at any step, with any number of workers.
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, Iterable, Iterator, Sequence, Union
+from typing import Any, BinaryIO, Callable, Iterator, Sequence, Union
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..classify import CROP
-from .stopping import ignore_signals
+from .stopping import blocked
 
 UNREADABLE = 20  # images in a row: then it is not the images, but the disk or the folder
 
@@ -62,7 +63,6 @@ class Plan:
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=self.pin_memory,
-            worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # torch's own goes on where the last step left it
             **options,
         )
@@ -89,12 +89,21 @@ class Collate:
         return images, targets
 
 
-def batches(loader: Iterable) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
     """What a loader yields; raises a ``DataError`` that a worker sent."""
-    for batch in loader:
-        if isinstance(batch, DataError):
-            raise batch
-        yield batch
+    others = multiprocessing.active_children()
+    with blocked():  # a worker that a signal ends would end the training before it can save
+        iterator = iter(loader)
+    workers = [process for process in multiprocessing.active_children() if process not in others]
+    try:
+        for batch in iterator:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+    finally:
+        del iterator  # asks the workers to end, which those within a long read do not hear
+        for worker in workers:
+            worker.kill()
 
 
 class Images(Dataset):

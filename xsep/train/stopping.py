@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -35,7 +36,11 @@ class Stop:
         self.signal = number
 
 
-def ignore_signals(worker: int) -> None:
-    """In a worker of a DataLoader, which ends with the process that it loads for: Ctrl-C reaches them all."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Processes that start meanwhile never see the signals, which may reach all of a terminal or a job."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
