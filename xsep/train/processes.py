@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,8 @@ def start(device: str | None = None) -> Processes:
 
 def finish() -> None:
     if dist.is_available() and dist.is_initialized():
+        # Torch 2.0 joins gloo's threads with the GIL held: one that waits for it, to let go of a result, never ends.
+        time.sleep(0.2)
         dist.destroy_process_group()
 
 
