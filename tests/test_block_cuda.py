@@ -119,8 +119,8 @@ def test_tiles(pixels, size, dtype, family, cuda):
         pixels = 64  # there is none of 128
     with counted() as launches:
         check(cuda, square(8, size, size, N=1), 136, dtype, family, None, f"tiles of {pixels}")
-    (tile,) = re.findall(r"FpropTile<[\w:]+, (\d+), \w+, true>", launches[0]["kernel"])
-    assert int(tile) == pixels and launches[0]["grid"] == -(-size * size // pixels)
+    tile = re.search(r"FpropTile<[\w:]+, (\d+), \w+, true>", launches[0]["kernel"])
+    assert int(tile[1]) == pixels and launches[0]["grid"] == -(-size * size // pixels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -210,7 +210,7 @@ def test_bytes(dtype):
     weights, inputs_ = nbytes(w_dw) + nbytes(w_pw), nbytes(x) + sum(map(nbytes, vectors))
     touched = block["loads"]["distinct_sectors"] * 32
     assert inputs_ + weights <= touched <= 1.01 * (inputs_ + weights)
-    assert merge["loads"]["bytes"] <= moments + tiles * K * y.element_size() + K * 8
+    assert merge["loads"]["bytes"] == moments + (tiles + 8) * K * y.element_size()  # each of 8 warps reads the reference
     assert merge["stores"]["bytes"] == nbytes(mean) + nbytes(m2)
 
 
