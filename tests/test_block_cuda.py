@@ -210,7 +210,9 @@ def test_bytes(dtype):
     weights, inputs_ = nbytes(w_dw) + nbytes(w_pw), nbytes(x) + sum(map(nbytes, vectors))
     touched = block["loads"]["distinct_sectors"] * 32
     assert inputs_ + weights <= touched <= 1.01 * (inputs_ + weights)
-    assert merge["loads"]["bytes"] == moments + (tiles + 8) * K * y.element_size()  # each of 8 warps reads the reference
+    assert (
+        merge["loads"]["bytes"] == moments + (tiles + 8) * K * y.element_size()
+    )  # each of 8 warps reads the reference
     assert merge["stores"]["bytes"] == nbytes(mean) + nbytes(m2)
 
 

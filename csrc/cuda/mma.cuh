@@ -15,7 +15,9 @@
 namespace xsep::cuda {
 
 template <class T>
-constexpr int kMmaArch = std::is_same_v<T, half_t> ? 75 : std::is_same_v<T, bfloat16_t> ? 80 : 1000000;
+constexpr int kMmaArch = std::is_same_v<T, half_t>       ? 75
+                         : std::is_same_v<T, bfloat16_t> ? 80
+                                                         : 1000000;
 
 #if defined(XSEP_EMULATE_CUDA)
 
@@ -49,9 +51,7 @@ void multiply_add(float* above, float* below, const uint32_t (&a)[4], const uint
   std::memcpy(of_warp[lane], a, sizeof a);
   std::memcpy(of_warp[lane] + 4, b, sizeof b);
   __syncwarp(0xffffffffu, site);
-  const auto half = [](uint32_t word, int which) {
-    return to_float(T{static_cast<uint16_t>(word >> (16 * which))});
-  };
+  const auto half = [](uint32_t word, int which) { return to_float(T{static_cast<uint16_t>(word >> (16 * which))}); };
   for (int k = 0; k < 16; ++k) {
     const int from = k % 8 / 2, upper = k / 8;
     for (int column = 0; column < 2; ++column) {

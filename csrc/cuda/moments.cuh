@@ -39,7 +39,7 @@ template <class T>
 struct MomentsParams {
   const T* y;
   const float* tiles;
-  float* merged;    // of all tiles but for the last launch,
+  float* merged;     // of all tiles but for the last launch,
   float *mean, *m2;  // of the last one
   int64_t pixels, rows;
   int32_t channels, parts, chunks;  // tiles, blocks side by side
@@ -101,9 +101,9 @@ cudaError_t merge_moments(const T* y, float* workspace, int64_t pixels, int64_t 
     const bool last = p.parts <= kFan;
     if (last) p.mean = mean, p.m2 = m2;
     const int64_t groups = std::max((p.parts - 1) / kFan + 1, 1);
-    const cudaError_t error = launch(merge_moments_kernel<T>, dim3(static_cast<unsigned>(groups * p.chunks)),
-                                     dim3(kMomentsLanes * kMomentsWarps),
-                                     kMomentsLanes * kMomentsWarps * sizeof(Moments), stream, p);
+    const cudaError_t error =
+        launch(merge_moments_kernel<T>, dim3(static_cast<unsigned>(groups * p.chunks)),
+               dim3(kMomentsLanes * kMomentsWarps), kMomentsLanes * kMomentsWarps * sizeof(Moments), stream, p);
     if (error != cudaSuccess || last) return error;
   }
 }

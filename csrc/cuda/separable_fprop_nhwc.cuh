@@ -10,9 +10,9 @@
 //   stages    [kStages][128][80]    lie in different banks
 //   moments   [3][warps of pixels][128]
 //
-// A warp multiplies 32 (16) pixels with 32 or 64 channels: lane l is number t = l % 4 of group g = l / 4 and holds pixels
-// g, g + 8, ... and channels 2t, 2t + 1, 8 + 2t, ...  That is how tensor cores deal sums out; without them lanes multiply
-// what they hold, which differs in one function.
+// A warp multiplies 32 (16) pixels with 32 or 64 channels: lane l is number t = l % 4 of group g = l / 4 and holds
+// pixels g, g + 8, ... and channels 2t, 2t + 1, 8 + 2t, ...  That is how tensor cores deal sums out; without them lanes
+// multiply what they hold, which differs in one function.
 //
 // Bytes: x once from DRAM, y once.  From L2 the rows of x round a tile's (3 for 1 at worst, where L1 keeps none) and,
 // for every tile, all of w_pw: 2 kM / sizeof(T) flops a byte of it.  The moments are 8 bytes for kM numbers of y.
@@ -66,16 +66,16 @@ template <class T>
 struct FpropParams {
   const T *x, *w_dw, *w_pw;
   T* y;
-  float* moments;            // of tiles, or null
-  int64_t image, row, col;   // strides of x, in bytes
-  int32_t pixels, C, K;      // of y, of x, of y
+  float* moments;           // of tiles, or null
+  int64_t image, row, col;  // strides of x, in bytes
+  int32_t pixels, C, K;     // of y, of x, of y
   int32_t H, W, R, S;
   int32_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   Divider P, Q;
   OnLoadVectors on_load;
-  bool has_on_load, relu;    // relu: of z
-  bool slides;               // 3x3, and pixels that are neighbours share columns
-  int32_t lanes_log2, run;   // of the depthwise part: vectors of channels side by side, pixels of a thread
+  bool has_on_load, relu;   // relu: of z
+  bool slides;              // 3x3, and pixels that are neighbours share columns
+  int32_t lanes_log2, run;  // of the depthwise part: vectors of channels side by side, pixels of a thread
 };
 
 struct Position {

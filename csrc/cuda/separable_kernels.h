@@ -11,7 +11,7 @@ namespace xsep::cuda {
 
 // One family of kernels for one element type.  Families stand in order of preference.
 struct SeparableKernel {
-  const char* name;                                              // of its file, and what multiplies
+  const char* name;                                             // of its file, and what multiplies
   std::string (*why_not)(const SeparableArgs&, const Device&);  // empty: it takes the call
   int64_t (*workspace_bytes)(const SeparableArgs&, const Device&);
   cudaError_t (*run)(const SeparableArgs&, const Device&, cudaStream_t);

@@ -25,8 +25,9 @@ std::string text(const std::string& pass, const ConvShape& s, Dtype dtype, bool 
     for (const int value : values) joined += (joined.empty() ? "" : between) + std::to_string(value);
     return joined;
   };
-  return pass + ", " + dtypes[static_cast<int>(dtype)] + (nhwc ? " NHWC" : " NCHW") + ", x " + list({s.N, s.C, s.H, s.W}, "x") + ", w " +
-         list({s.K(), 1, s.R, s.S}, "x") + ", stride " + list({s.stride_h, s.stride_w}, ", ") + ", pad " +
+  return pass + ", " + dtypes[static_cast<int>(dtype)] + (nhwc ? " NHWC" : " NCHW") + ", x " +
+         list({s.N, s.C, s.H, s.W}, "x") + ", w " + list({s.K(), 1, s.R, s.S}, "x") + ", stride " +
+         list({s.stride_h, s.stride_w}, ", ") + ", pad " +
          list({s.pad_top, s.pad_bottom, s.pad_left, s.pad_right}, ", ") + ", dilation " +
          list({s.dilation_h, s.dilation_w}, ", ");
 }

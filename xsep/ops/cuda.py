@@ -19,7 +19,6 @@ from .._compat import itemsize
 from .compiled import CHECKOUT, DTYPES, FPROP, PASSES, CompiledBackend, load, prepared, readable
 from .problem import BlockProblem, Problem
 
-
 _ACTIVATIONS = {None: 0, "relu": 1}
 
 
@@ -135,7 +134,9 @@ class CudaBackend(CompiledBackend):
         y = self._empty((N, b.K, P, Q), p, x)
         mean, m2 = (torch.empty(b.K if statistics else 0, dtype=torch.float32, device=x.device) for _ in range(2))
         center, scale, shift, relu = on_load or (None, None, None, None)
-        tensors = _block_arguments(x, w_dw, w_pw, center, scale, shift, y, *((mean, m2) if statistics else (None, None)))
+        tensors = _block_arguments(
+            x, w_dw, w_pw, center, scale, shift, y, *((mean, m2) if statistics else (None, None))
+        )
         self._start(_block_call(self, b, relu), y, tensors)
         return y, mean, m2
 
