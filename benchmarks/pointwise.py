@@ -14,19 +14,43 @@ import common
 import torch
 import torch.nn.functional as F
 
-# Channels in and out, extent, times it occurs.
+# Channels in and out, number of halvings of the image before it, times it occurs.
 LAYERS = (
-    (64, 128, 147, 1),
-    (128, 128, 147, 1),
-    (128, 256, 74, 1),
-    (256, 256, 74, 1),
-    (256, 728, 37, 1),
-    (728, 728, 37, 1),
-    (728, 728, 19, 25),
-    (728, 1024, 19, 1),
-    (1024, 1536, 10, 1),
-    (1536, 2048, 10, 1),
+    (64, 128, 1, 1),
+    (128, 128, 1, 1),
+    (128, 256, 2, 1),
+    (256, 256, 2, 1),
+    (256, 728, 3, 1),
+    (728, 728, 3, 1),
+    (728, 728, 4, 25),
+    (728, 1024, 4, 1),
+    (1024, 1536, 5, 1),
+    (1536, 2048, 5, 1),
 )
+
+
+def layers(img_size: int = 299) -> list[tuple[int, int, int, int]]:
+    """Channels in and out, extent and times of the layers for images of ``img_size``."""
+    extents = [img_size, (img_size - 1) // 2 - 2]  # of two convolutions without padding, the first of stride 2
+    while len(extents) <= 5:
+        extents.append((extents[-1] + 1) // 2)
+    return [(C, K, extents[halvings], times) for C, K, halvings, times in LAYERS]
+
+
+def measure(C: int, K: int, extent: int, batch_size: int, dtype: torch.dtype) -> dict[str, common.Times]:
+    """Forward and both gradients of a layer, by each way."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (
+        torch.randn((batch_size, channels, extent, extent), generator=generator)
+        .to(dtype)
+        .contiguous(memory_format=torch.channels_last)
+        for channels in (C, K)
+    )
+    w = torch.randn((K, C, 1, 1), generator=generator).to(dtype).requires_grad_()
+    x.requires_grad_()
+    torch.testing.assert_close(convolution(x, w), product(x, w), rtol=2e-2, atol=1e-1)
+    ways = {"conv2d": convolution, "matmul": product}
+    return common.interleaved({name: lambda way=way: step(way, x, w, dy) for name, way in ways.items()}, 7, 2e-3, 2.0)
 
 
 def step(forward, x: torch.Tensor, w: torch.Tensor, dy: torch.Tensor):
@@ -53,26 +77,8 @@ def main() -> None:
     common.print_header(common.header(dtype=args.dtype, batch=str(args.batch_size)))
     print(f"{'layer':28s} {'conv2d ms':>10s} {'matmul ms':>10s} {'conv2d GFLOP/s':>15s} {'matmul/conv2d':>14s}")
     totals = {"conv2d": 0.0, "matmul": 0.0}
-    for C, O, extent, times in LAYERS:
-        generator = torch.Generator().manual_seed(0)
-        x, dy = (
-            torch.randn((args.batch_size, channels, extent, extent), generator=generator)
-            .to(common.DTYPES[args.dtype])
-            .contiguous(memory_format=torch.channels_last)
-            for channels in (C, O)
-        )
-        w = torch.randn((O, C, 1, 1), generator=generator).to(x.dtype).requires_grad_()
-        x.requires_grad_()
-        torch.testing.assert_close(convolution(x, w), product(x, w), rtol=2e-2, atol=1e-1)
-        found = common.interleaved(
-            {
-                "conv2d": lambda x=x, w=w, dy=dy: step(convolution, x, w, dy),
-                "matmul": lambda x=x, w=w, dy=dy: step(product, x, w, dy),
-            },
-            7,
-            2e-3,
-            2.0,
-        )
+    for C, O, extent, times in layers():
+        found = measure(C, O, extent, args.batch_size, common.DTYPES[args.dtype])
         for name in totals:
             totals[name] += times * found[name].median
         gflops = 6 * args.batch_size * C * O * extent * extent / found["conv2d"].median / 1e9

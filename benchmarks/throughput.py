@@ -5,14 +5,16 @@
 
 A training step is forward, cross-entropy, backward and an SGD update on one batch of photographs.  The variants:
 "torch", the models on torch's own convolutions; "xsep", the same models with depthwise convolutions on xsep's kernels
-(Inception V3 has none, so for it xsep changes nothing: its two rows show the noise of the measurement); "compile" is
-torch's through torch.compile.  They take turns, so that a slow moment of the machine hits them all.
+(Inception V3 has none, so for it xsep changes nothing: its two rows show the noise of the measurement); "fused",
+Xception of training blocks (``fused=True``), in inference prepared by ``xsep.fuse``; "compile" is torch's through
+torch.compile.  They take turns, so that a slow moment of the machine hits them all.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import ctypes
 import gc
 import time
@@ -28,7 +30,7 @@ from tqdm import tqdm
 
 import xsep
 from xsep.ops import backends
-from xsep.ops.problem import Problem
+from xsep.ops.problem import BlockProblem, Problem
 from xsep.testing import assert_no_worse_than_torch
 
 MODELS = ("xception", "inception_v3")
@@ -36,21 +38,21 @@ PAPER = {"xception": 28.0, "inception_v3": 31.0}  # steps per second of table 3,
 CLASSES = 1000
 
 
-def make_xception(depthwise: str) -> nn.Module:
-    """Xception with depthwise convolutions of ``"xsep"`` or ``"torch"``."""
-    model = xsep.models.xception(num_classes=CLASSES)
-    if depthwise == "torch":
+def make_xception(variant: str) -> nn.Module:
+    """Xception with depthwise convolutions of ``"xsep"`` or ``"torch"``, or ``"fused"``."""
+    model = xsep.models.xception(num_classes=CLASSES, fused=variant == "fused")
+    if variant == "torch":
         for module in model.modules():
             if type(module) is xsep.DepthwiseConv2d:
                 module.__class__ = nn.Conv2d
     return model
 
 
-def make_inception_v3(depthwise: str) -> nn.Module:
+def make_inception_v3(variant: str) -> nn.Module:
     from torchvision.models import inception_v3
 
     model = inception_v3(weights=None, aux_logits=False, init_weights=False, num_classes=CLASSES)
-    return xsep.convert(model, report=None) if depthwise == "xsep" else model
+    return xsep.convert(model, report=None) if variant == "xsep" else model
 
 
 MAKERS: dict[str, Callable[[str], nn.Module]] = {"xception": make_xception, "inception_v3": make_inception_v3}
@@ -62,7 +64,7 @@ class Run:
     def __init__(self, name: str, variant: str, args: argparse.Namespace, x: Tensor, labels: Tensor):
         torch.manual_seed(args.seed)
         self.name, self.variant, self.x, self.labels = name, variant, x, labels
-        model = MAKERS[name]("xsep" if variant == "xsep" else "torch").to(args.device)
+        model = MAKERS[name]("torch" if variant == "compile" else variant).to(args.device)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
         self.parameters = sum(p.numel() for p in model.parameters())
@@ -71,6 +73,12 @@ class Run:
         self.model = torch.compile(model) if variant == "compile" else model
         self.amp = torch.autocast(args.device, args.amp_dtype) if args.amp else contextlib.nullcontext()
         self.device = args.device
+
+    def prepare(self, bench: str) -> None:
+        self.module.train(bench == "train")
+        if bench == "inference" and self.variant == "fused":
+            # A copy: the parameters of a model that was prepared cannot be trained any more.
+            self.model = self.module = xsep.fuse(copy.deepcopy(self.module), report=None)
 
     def train(self) -> None:
         with self.amp:
@@ -127,12 +135,11 @@ def resident(field: str) -> int:
 
 
 def check_numerics(args: argparse.Namespace) -> None:
-    """Holds xsep's Xception against torch's in float64: its outputs, and the gradient of its input."""
+    """Holds xsep's Xceptions against torch's in float64: their outputs, and the gradient of the input."""
     torch.manual_seed(args.seed)
-    ours, theirs = (make_xception(kind).to(args.device).eval() for kind in ("xsep", "torch"))
-    theirs.load_state_dict(ours.state_dict())
+    theirs = make_xception("torch").to(args.device).eval()
     exact = make_xception("torch").to(args.device).double().eval()
-    exact.load_state_dict(ours.state_dict())
+    exact.load_state_dict(theirs.state_dict())
     x = torch.randn(2, 3, 107, 107, device=args.device)
     if args.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -142,11 +149,17 @@ def check_numerics(args: argparse.Namespace) -> None:
         y = model(x)
         return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
 
-    for what, mine, yours, truth in zip(
-        ("output", "gradient of the input"), results(ours, x), results(theirs, x), results(exact, x.double())
-    ):
-        assert_no_worse_than_torch(mine, yours, truth, f"Xception's {what}")
-    print("numerics: Xception's output and input gradient are as close to float64 as torch's\n")
+    yours, truth = results(theirs, x), results(exact, x.double())
+    for variant in ("xsep", "fused"):
+        ours = make_xception(variant).to(args.device).eval()
+        ours.load_state_dict(theirs.state_dict())
+        mine = results(ours, x)
+        for i, what in enumerate(("output", "gradient of the input")):
+            assert_no_worse_than_torch(mine[i], yours[i], truth[i], f"{what} of Xception, {variant}")
+    with torch.inference_mode():
+        prepared = xsep.fuse(ours, report=None)(x)
+    assert_no_worse_than_torch(prepared, yours[0], truth[0], "output of Xception, prepared by xsep.fuse")
+    print("numerics: outputs and input gradients of xsep's Xceptions are as close to float64 as torch's\n")
 
 
 def print_backends(args: argparse.Namespace) -> None:
@@ -154,7 +167,12 @@ def print_backends(args: argparse.Namespace) -> None:
     dtype = args.amp_dtype if args.amp else torch.float32
     sizes = (1, 728, 19, 19), (728, 1, 3, 3)
     problem = Problem(args.device, dtype, args.channels_last, *sizes, (1, 1), (1, 1, 1, 1), (1, 1))
-    print(f"backend: {backends.choose(problem).name}")
+    chosen = backends.choose(problem)
+    print(f"backend: {chosen.name}")
+    block = BlockProblem(problem, 728, True, None)
+    for what, backward in (("forward", False), ("backward", True)):
+        reason = backends.why_not_block(block, chosen, backward)
+        print(f"  blocks {what}: {'one kernel' if reason is None else f'composed, {reason}'}")
     for name in backends.NAMES:
         reason = backends.BACKENDS[name].why_not(problem)
         if reason:
@@ -167,7 +185,7 @@ def measure(runs: list[Run], bench: str, args: argparse.Namespace) -> list[dict]
     memory: dict[Run, int | None] = {}
     samples: dict[Run, list[float]] = {run: [] for run in runs}
     for run in runs:
-        run.module.train(bench == "train")
+        run.prepare(bench)
     rounds = args.num_warm_iter + args.num_bench_iter
     with tqdm(total=rounds * len(runs), desc=bench, unit="step", disable=None) as progress:
         for i in range(rounds):
@@ -213,12 +231,57 @@ def print_table(rows: list[dict], bench: str) -> None:
             f"{row['images_per_s']:8.2f} {row['ms']:8.1f} {row['spread']:6.1%} {memory:>8s} "
             f"{row['ratio_to_torch']:7.2f}"
         )
-    speeds = {(row["model"], row["variant"]): row["steps_per_s"] for row in rows}
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        if all((model, variant) in speeds for model in MODELS):
-            ratio = speeds["xception", variant] / speeds["inception_v3", variant]
-            print(f"  Xception / Inception V3, {variant}: {ratio:.3f}", end="")
+    best = best_of_torch(rows, "inception_v3")
+    for row in rows:
+        if row["model"] == "xception" and best is not None:
+            ratio = row["steps_per_s"] / best["steps_per_s"]
+            print(f"  Xception {row['variant']} / torch's best Inception V3: {ratio:.3f}", end="")
             print(f"   (paper, training on 60 K80: 28 / 31 = {28 / 31:.3f})" if bench == "train" else "")
+
+
+def best_of_torch(rows: list[dict], model: str) -> dict | None:
+    """torch's fastest variant of a model."""
+    mine = [row for row in rows if row["model"] == model and row["variant"] in ("torch", "compile")]
+    return max(mine, key=lambda row: row["steps_per_s"], default=None)
+
+
+def print_targets(rows: list[dict], bench: str, products: float | None, args: argparse.Namespace) -> None:
+    """What the training block is to reach on a CPU, and what was measured."""
+    found = {(row["model"], row["variant"]): row for row in rows}
+    fused, eager = found.get(("xception", "fused")), found.get(("xception", "torch"))
+    theirs, inception = best_of_torch(rows, "xception"), best_of_torch(rows, "inception_v3")
+    if fused is None or eager is None or theirs is None:
+        return
+    half = args.amp
+    targets = []
+    if bench == "train":
+        speed = fused["steps_per_s"]
+        targets.append(("steps/s of torch's best Xception", speed / theirs["steps_per_s"], 1.35 if half else 1.6, True))
+        if inception is not None:
+            targets.append(("steps/s of torch's best Inception V3", speed / inception["steps_per_s"], 0.9, True))
+        if products is not None:
+            targets.append(("time of its matrix products alone", fused["ms"] / 1e3 / products, 1.15, False))
+        if fused["peak_memory_mb"] is not None:
+            memory = fused["peak_memory_mb"] / eager["peak_memory_mb"]
+            targets.append(("peak memory of torch's step, eager", memory, 0.45, False))
+    else:
+        targets.append(("steps/s of torch, eager", fused["ratio_to_torch"], 1.5, True))
+        if theirs is not eager:
+            targets.append(("steps/s of torch.compile", fused["steps_per_s"] / theirs["steps_per_s"], 1.0, True))
+    print("\n  Xception fused, in multiples of      measured  target")
+    for what, value, target, at_least in targets:
+        met = "met" if (value >= target) == at_least else "missed"
+        print(f"  {what:36s} {value:8.2f}  {'>=' if at_least else '<='} {target:.2f}  {met}")
+
+
+def products_alone(args: argparse.Namespace) -> float:
+    """Seconds of the pointwise products of a training step of Xception, each by the faster of torch's two ways."""
+    import pointwise
+
+    dtype, total = args.amp_dtype if args.amp else torch.float32, 0.0
+    for C, K, extent, times in tqdm(pointwise.layers(args.img_size), desc="products", leave=False, disable=None):
+        total += times * min(t.median for t in pointwise.measure(C, K, extent, args.batch_size, dtype).values())
+    return total
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -233,7 +296,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for axes, bench in zip(panels[0], benches):
         mine = [row for row in rows if row["bench"] == bench]
         names = [f"{row['model']}\n{row['variant']}" for row in mine]
-        colors = ["C0" if row["variant"] == "xsep" else "C7" for row in mine]
+        colors = [{"fused": "C0", "xsep": "C9"}.get(row["variant"], "C7") for row in mine]
         axes.bar(names, [row["steps_per_s"] for row in mine], color=colors)
         axes.set(title=bench, ylabel="steps per second")
         axes.tick_params(axis="x", labelsize=7)
@@ -302,12 +365,19 @@ def main() -> None:
     labels = labels.to(args.device)
     if "xception" in args.models:
         check_numerics(args)
-    variants = ["xsep", "torch"] + (["compile"] if args.torchcompile else [])
-    runs = [Run(name, variant, args, x, labels) for name in args.models for variant in variants]
+    variants = ["fused", "xsep", "torch"] + (["compile"] if args.torchcompile else [])
+    runs = [
+        Run(name, variant, args, x, labels)
+        for name in args.models
+        for variant in variants
+        if (name, variant) != ("inception_v3", "fused")
+    ]
     rows = []
     for bench in ("train", "inference") if args.bench == "both" else (args.bench,):
         measured = measure(runs, bench, args)
         print_table(measured, bench)
+        if args.device == "cpu" and "xception" in args.models:
+            print_targets(measured, bench, products_alone(args) if bench == "train" else None, args)
         rows += measured
     if args.layers:
         import layers

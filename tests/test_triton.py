@@ -196,21 +196,25 @@ def test_selftest(triton, monkeypatch, tmp_path, capsys):
     command = ["--backend", "triton", "--dtypes", "float16", "bfloat16"]
     assert selftest.main(command) == 0
     printed = capsys.readouterr().out
-    line = next(line for line in printed.splitlines() if line.startswith("float16"))
-    assert line.split()[1] == "depthwise_triton" and line.count("(") == 4 and "FAILED" not in line
+    maps, blocks = (line for line in printed.splitlines() if line.startswith("float16"))
+    assert maps.split()[1] == "depthwise_triton" and maps.count("(") == 4 and "FAILED" not in maps
+    assert blocks.split()[1] == "block_triton" and blocks.count("(") == 1 and "FAILED" not in blocks
     assert "bfloat16   depthwise_triton                          -" in printed
+    families = triton.family, triton.block_family
     triton_backend._why_failed.cache_clear()
-    assert triton_backend._why_failed(triton, torch.float16, 0) is None
+    assert all(triton_backend._why_failed(triton, family, torch.float16, 0) is None for family in families)
 
     outputs = selftest._outputs
     monkeypatch.setattr(selftest, "_outputs", lambda *case: tuple(t + 1 for t in outputs(*case)))
     assert selftest.main(command) == 1
-    assert "FAILED depthwise_triton, torch.float16, fprop" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "FAILED depthwise_triton, torch.float16, fprop" in printed
+    assert "FAILED block_triton, torch.float16, block" in printed
     triton_backend._why_failed.cache_clear()
     try:
-        assert "failed in 'python -m xsep.selftest --backend triton'" in triton_backend._why_failed(
-            triton, torch.float16, 0
-        )
+        for family in families:
+            reason = triton_backend._why_failed(triton, family, torch.float16, 0)
+            assert "failed in 'python -m xsep.selftest --backend triton'" in reason
     finally:
         triton_backend._why_failed.cache_clear()
 

@@ -29,7 +29,7 @@ from .ops import aten
 from .ops.backends import BACKENDS
 from .ops.compiled import DTYPES, PASSES
 from .ops.cuda import CudaBackend
-from .ops.problem import Problem
+from .ops.problem import BlockProblem, Problem
 from .shapes import NAMED, Shape
 
 _SPECIALISED = {
@@ -47,6 +47,8 @@ SHAPES = {
     "one_pixel": _ONE_PIXEL,
     **{name: NAMED[name] for name in _OTHERS},
 }
+_BLOCK = "block"  # beside the passes: the training block, forward
+_BLOCK_CHANNELS = 40  # of its y
 _LOST = 3  # exit status: a kernel has made the device unusable for its process
 _lock = threading.Lock()
 _ensured: dict[tuple[str, torch.dtype, int], list[str]] = {}  # the families that failed
@@ -73,6 +75,7 @@ class Case(NamedTuple):
     w: Tensor
     bias: Tensor
     dy: Tensor
+    w_pw: Tensor
     truth: dict[str, list[tuple[Tensor, Tensor]]]  # of each output: its value, the sum of the sizes of its terms
 
 
@@ -104,24 +107,23 @@ def check(
         for with_on_load in (False, True)
     ]
     results = []
-    for family in (backend.only(name) for name in backend.families(dtype) if name not in without):
-        begin(family.family)
-        for name in PASSES:
-            result = Result(family.family, dtype, name, 0, 0.0, "")
+    for family in (name for name in _families(backend, dtype) if name not in without):
+        begin(family)
+        for name in (_BLOCK,) if family in backend.block_families(dtype) else PASSES:
+            result = Result(family, dtype, name, 0, 0.0, "")
             for case in cases:
-                result = _checked(result, family, name, case)
+                result = _checked(result, backend.only(family), name, case)
             results.append(result)
     return results
 
 
+def _families(backend: Any, dtype: torch.dtype) -> list[str]:
+    return [*backend.families(dtype), *backend.block_families(dtype)]
+
+
 def _checked(so_far: Result, family: CudaBackend, name: str, case: Case) -> Result:
-    pass_ = PASSES.index(name)
-    if name not in case.truth:
+    if name not in case.truth or not _takes(family, name, case):
         return so_far
-    try:
-        family.kernel(case.problem, pass_, None if case.on_load is None else case.on_load[3])
-    except ValueError:
-        return so_far  # it does not take such a problem
     try:
         with _NanFilledMemory():
             outputs = _outputs(family, name, case)
@@ -133,7 +135,10 @@ def _checked(so_far: Result, family: CudaBackend, name: str, case: Case) -> Resu
             raise DeviceLost(family.family, case.what, error) from error
         return so_far._replace(cases=so_far.cases + 1, failure=so_far.failure or f"{case.what}: {error}")
     worst, failure = so_far.worst, so_far.failure
-    for ours, (value, size) in zip(outputs, case.truth[name]):
+    truth = case.truth[name]
+    if name == _BLOCK:
+        truth = [*truth, *_statistics(outputs[0].cpu().double())]
+    for ours, (value, size) in zip(outputs, truth):
         ratio = (ours.cpu().double() - value).abs() / _allowed(ours.dtype, value, size)
         largest = ratio.max().item() if ratio.numel() else 0.0
         worst = max(worst, largest)
@@ -141,6 +146,22 @@ def _checked(so_far: Result, family: CudaBackend, name: str, case: Case) -> Resu
             at = tuple((~(ratio <= 1)).nonzero()[0].tolist())
             failure = f"{case.what}: {ours[at].item():.9g} instead of {value[at].item():.9g} at {at}"
     return so_far._replace(cases=so_far.cases + 1, worst=worst, failure=failure)
+
+
+def _takes(family: Any, name: str, case: Case) -> bool:
+    p = case.problem
+    if name == _BLOCK:
+        kind = family.why_not_kind(p.device, p.dtype, p.device_index)
+        return kind is None and family.why_not_block(_block(case), False) is None
+    try:
+        family.kernel(p, PASSES.index(name), None if case.on_load is None else case.on_load[3])
+    except ValueError:
+        return False
+    return True
+
+
+def _block(case: Case) -> BlockProblem:
+    return BlockProblem(case.problem, _BLOCK_CHANNELS, case.on_load is not None, "relu" if case.on_load else None)
 
 
 class _NanFilledMemory(TorchDispatchMode):
@@ -168,6 +189,8 @@ def _allowed(dtype: torch.dtype, value: Tensor, size: Tensor) -> Tensor:
 
 def _outputs(backend: CudaBackend, name: str, case: Case) -> tuple[Tensor, ...]:
     p, x, w, dy = case.problem, case.x, case.w, case.dy
+    if name == _BLOCK:
+        return backend.block(_block(case), x, w, case.w_pw, case.on_load, True)
     if name == "fprop":
         return (backend.fprop(p, x, w, case.bias, case.on_load),)
     if name == "dgrad":
@@ -196,15 +219,43 @@ def _case(name: str, shape: Shape, dtype: torch.dtype, nhwc: bool, with_on_load:
         return torch.empty_like(t, memory_format=problem.memory_format).copy_(t)
 
     x, w, bias, dy = draw(*shape.x_sizes), draw(*shape.w_sizes), draw(shape.w_sizes[0]), draw(*exact.y)
+    w_pw = draw(_BLOCK_CHANNELS, shape.w_sizes[0], 1, 1)
     vectors = [draw(shape.C) for _ in range(3)] if with_on_load else None
     on_load = None
     if vectors is not None:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         on_load = (*(moved(v, wide) for v in vectors), True)
+    truth = _truth(exact, x, w, bias, dy, vectors)
+    truth[_BLOCK] = [_block_truth(exact, dtype, x, w, w_pw, vectors)]
     return Case(
         f"{name} {'NHWC' if nhwc else 'NCHW'}{' on_load' if with_on_load else ''}",
-        *(problem, on_load, laid_out(x), moved(w), moved(bias), laid_out(dy), _truth(exact, x, w, bias, dy, vectors)),
+        *(problem, on_load, laid_out(x), moved(w), moved(bias), laid_out(dy), moved(w_pw), truth),
     )
+
+
+def _block_truth(p: Problem, dtype: torch.dtype, x: Tensor, w: Tensor, w_pw: Tensor, vectors) -> tuple[Tensor, Tensor]:
+    """y of the block, with a ReLU between the convolutions where there is a function on load.
+
+    Kernels may round what lies between the convolutions to the dtype: that counts as so many roundings of a sum.
+    """
+    if vectors is not None:
+        center, scale, shift = (v.view(1, -1, 1, 1) for v in vectors)
+        x = (scale * (x - center) + shift).relu()
+    z, size = aten.fprop(p, x, w, None), aten.fprop(p, x.abs(), w.abs(), None)
+    if vectors is not None:
+        z = z.relu()
+    size = size + torch.finfo(dtype).eps / 2 / (16 * torch.finfo(torch.float32).eps) * z.abs()
+    return torch.nn.functional.conv2d(z, w_pw), torch.nn.functional.conv2d(size, w_pw.abs())
+
+
+def _statistics(y: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Mean and sum of squared deviations of a y as it was made, with the sums of the sizes of their terms."""
+    count = max(1, y.numel() // y.shape[1])
+    mean = y.sum((0, 2, 3)) / count
+    return [
+        (mean, y.abs().sum((0, 2, 3)) / count),
+        ((y - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3)), y.square().sum((0, 2, 3))),
+    ]
 
 
 def _truth(p: Problem, x: Tensor, w: Tensor, bias: Tensor, dy: Tensor, vectors) -> dict[str, list]:
@@ -315,7 +366,7 @@ def record(
 
 def _read(backend: CudaBackend, dtype: torch.dtype, card: int) -> list[str] | None:
     verdict = _load(_verdicts()).get(_key(backend, card), {}).get(str(dtype))
-    known = set(backend.families(dtype))
+    known = set(_families(backend, dtype))
     return verdict if isinstance(verdict, list) and known.issuperset(verdict) else None
 
 
@@ -345,12 +396,13 @@ def _driver(backend: Any) -> str:
 
 def table(results: list[Result]) -> str:
     """A line per dtype and family, a column per pass: the number of cases and the largest error."""
-    lines = [f"{'':11s}{'':27s}" + "".join(f"{name:>16s}" for name in PASSES)]
+    lines = [f"{'':11s}{'':27s}" + "".join(f"{name:>16s}" for name in (*PASSES, _BLOCK))]
     for dtype, family in dict.fromkeys((result.dtype, result.family) for result in results):
         cells = []
-        for result in (r for r in results if (r.dtype, r.family) == (dtype, family)):
-            passed = f"{result.cases} ({result.worst:.2f})" if result.cases else "-"
-            cells.append(f"{'FAILED' if result.failure else passed:>16s}")
+        of_family = {r.pass_: r for r in results if (r.dtype, r.family) == (dtype, family)}
+        for result in (of_family.get(name) for name in (*PASSES, _BLOCK)):
+            passed = f"{result.cases} ({result.worst:.2f})" if result and result.cases else "-"
+            cells.append(f"{'FAILED' if result and result.failure else passed:>16s}")
         lines.append(f"{str(dtype).removeprefix('torch.'):11s}{family:27s}" + "".join(cells))
     return "\n".join(lines)
 
@@ -375,7 +427,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(backend.origin())
     results = []
     for dtype in (dtype for dtype, name in zip(DTYPES, names) if name in options.dtypes):
-        without = [family for family in options.without if family in backend.families(dtype)]
+        without = [family for family in options.without if family in _families(backend, dtype)]
         begun: list[str] = []
 
         def begin(family: str, dtype=dtype, begun=begun) -> None:
@@ -386,7 +438,7 @@ def main(arguments: list[str] | None = None) -> int:
             of_dtype = check(backend, dtype, options.device, without, begin)
         except DeviceLost as error:
             print(f"LOST {error.family}, {dtype}: {error}")
-            not_run = [family for family in backend.families(dtype) if family not in (*begun, *without)]
+            not_run = [family for family in _families(backend, dtype) if family not in (*begun, *without)]
             print(f"not run, since nothing runs on the device any more: {', '.join(not_run) or 'nothing'}")
             print(f"'--without {' '.join((*without, error.family))}' tests without it.")
             return _LOST

@@ -65,6 +65,11 @@ inline const char* name(Dtype dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
+inline std::vector<double> absolute(std::vector<double> v) {
+  for (double& x : v) x = std::abs(x);
+  return v;
+}
+
 inline double rounded(Dtype dtype, double value) {
   return with_dtype(dtype, [&](auto tag) -> double {
     using T = typename decltype(tag)::type;
@@ -176,7 +181,8 @@ struct Problem {
         dtype(dtype),
         vector_type(dtype == Dtype::kFloat64 ? dtype : Dtype::kFloat32),
         relu(load == Load::kRelu || load == Load::kBoth),
-        affine(load == Load::kAffine || load == Load::kBoth) {
+        affine(load == Load::kAffine || load == Load::kBoth),
+        cancellation(affine ? 5 : 0) {
     const ConvShape& s = shape;
     std::mt19937 random(7);
     std::normal_distribution<double> normal;
@@ -187,14 +193,13 @@ struct Problem {
     draw(x, s.x_numel()), draw(w, s.w_numel()), draw(dy, s.y_numel()), draw(bias, s.K());
     draw(center, s.C), draw(scale, s.C), draw(shift, s.C);
 
-    std::vector<double> u = x, slope(x.size(), 1.0);
+    u = x;
     for (size_t i = 0; i < u.size(); ++i) {
       const int64_t c = channel(i);
       if (affine) u[i] = scale[c] * (x[i] - center[c]) + shift[c];
-      if (relu && u[i] <= 0) u[i] = slope[i] = 0;
+      if (relu && u[i] <= 0) u[i] = 0;
     }
     const std::vector<double> size_u = absolute(u), size_w = absolute(w), size_dy = absolute(dy);
-    const double cancellation = affine ? 5 : 0;  // in u
 
     y = {reference::fprop(s, u, w), reference::fprop(s, size_u, size_w)};
     for (double& v : y.magnitude) v += cancellation;
@@ -204,9 +209,19 @@ struct Problem {
       const double b = bias[static_cast<int64_t>(i) / plane % s.K()];
       y_bias.values[i] += b, y_bias.magnitude[i] += std::abs(b);
     }
-    dw = {reference::wgrad(s, dy, u), reference::wgrad(s, size_dy, size_u)};
+    differentiate(size_dy);
+  }
+
+  // What the gradient `dy` of y gives; size_dy is the magnitude of each of its numbers.
+  void differentiate(const std::vector<double>& size_dy) {
+    const ConvShape& s = shape;
+    std::vector<double> slope(x.size(), 1.0);
+    for (size_t i = 0; i < u.size(); ++i) {
+      if (relu && u[i] <= 0) slope[i] = 0;
+    }
+    dw = {reference::wgrad(s, dy, u), reference::wgrad(s, size_dy, absolute(u))};
     for (double& v : dw.magnitude) v += cancellation;
-    du = {reference::dgrad(s, dy, w), reference::dgrad(s, size_dy, size_w)};
+    du = {reference::dgrad(s, dy, w), reference::dgrad(s, size_dy, absolute(w))};
 
     dx = du;
     dscale = dshift = {std::vector<double>(s.C), std::vector<double>(s.C, 5.0)};
@@ -224,7 +239,8 @@ struct Problem {
   const ConvShape shape;
   const Dtype dtype, vector_type;
   const bool relu, affine;
-  std::vector<double> x, w, dy, bias, center, scale, shift;
+  const double cancellation;  // in u
+  std::vector<double> x, u, w, dy, bias, center, scale, shift;
   Truth y, y_bias, dw;
   Truth du;  // dgrad alone
   Truth dx;  // with respect to x, through what is done on load
@@ -232,10 +248,6 @@ struct Problem {
 
  private:
   int64_t channel(size_t i) const { return static_cast<int64_t>(i) / (int64_t{shape.H} * shape.W) % shape.C; }
-  static std::vector<double> absolute(std::vector<double> v) {
-    for (double& x : v) x = std::abs(x);
-    return v;
-  }
 };
 
 }  // namespace xsep::cases

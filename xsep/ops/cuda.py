@@ -107,7 +107,10 @@ class CudaBackend(CompiledBackend):
 
     def set_enabled(self, dtype: torch.dtype, family: str, enabled: bool) -> None:
         """Switches a family on or off, for this process."""
-        self.module.cuda_set_enabled(DTYPES[dtype], family, enabled)
+        of_blocks = family in self.block_families(dtype)
+        switch = self.module.cuda_set_separable_enabled if of_blocks else self.module.cuda_set_enabled
+        switch(DTYPES[dtype], family, enabled)
+        _why_not_block.cache_clear()
         self.choice_changes()
 
     def block_families(self, dtype: torch.dtype) -> list[str]:

@@ -49,7 +49,7 @@ class TritonBackend:
     """
 
     name = "triton"
-    family = "depthwise_triton"
+    family, block_family = "depthwise_triton", "block_triton"
 
     def __init__(self, choices: tuning.Choices, tunes: bool = True, traced: bool = False):
         self.choices, self._tunes, self._traced = choices, tunes, traced
@@ -69,7 +69,7 @@ class TritonBackend:
             return f"it has no kernels for {dtype}"
         if self.device == "cpu":
             return "Triton's interpreter truncates to bfloat16" if dtype == torch.bfloat16 else None
-        return self.why_not_card(max(index, 0)) or _why_failed(self, dtype, max(index, 0))
+        return self.why_not_card(max(index, 0)) or _why_failed(self, self.family, dtype, max(index, 0))
 
     def why_absent(self) -> str | None:
         """Why this installation does not have the backend."""
@@ -127,9 +127,11 @@ class TritonBackend:
     def why_not_block(self, b: BlockProblem, backward: bool) -> str | None:
         if backward:
             return "it has no kernel for the gradients of blocks"
-        if self.card(max(b.depthwise.device_index, 0)).arch_name == "sm_75":
+        dtype, index = b.depthwise.dtype, max(b.depthwise.device_index, 0)
+        if self.card(index).arch_name == "sm_75":
             return "Triton does not use the tensor cores of sm_75"
-        return configs.why_not_fused(b)
+        failed = _why_failed(self, self.block_family, dtype, index) if self.device == "cuda" else None
+        return failed or configs.why_not_fused(b)
 
     def block(self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load, statistics: bool):
         """(y, mean, m2), the last two empty without ``statistics``."""
@@ -176,6 +178,9 @@ class TritonBackend:
     def families(self, dtype: torch.dtype) -> list[str]:
         return [self.family]
 
+    def block_families(self, dtype: torch.dtype) -> list[str]:
+        return [self.block_family]
+
     def only(self, family: str) -> TritonBackend:
         return TritonBackend(self.choices, tunes=False)
 
@@ -207,10 +212,10 @@ def _card(index: int) -> Card:
 
 
 @lru_cache(maxsize=64)
-def _why_failed(backend: TritonBackend, dtype: torch.dtype, index: int) -> str | None:
+def _why_failed(backend: TritonBackend, family: str, dtype: torch.dtype, index: int) -> str | None:
     from .. import selftest  # it runs this backend
 
-    if selftest.known_failures(backend, dtype, index):
+    if family in selftest.known_failures(backend, dtype, index):
         return f"it failed in 'python -m xsep.selftest --backend triton' for {dtype} on this card"
     return None
 

@@ -1,0 +1,198 @@
+// The CPU's training block, forward and backward, every layout, element type and instruction set, against naive loops
+// in double; its inference form too.
+
+#include "../../csrc/separable.h"
+
+#include <cstdlib>
+
+#include "cases.h"
+
+using namespace xsep;
+using namespace xsep::cases;
+
+namespace {
+
+void run(SeparableArgs args) {
+  // Exactly the bytes asked for, so that the sanitizer guards the workspace too; they start as NaN.
+  const int64_t bytes = cpu::workspace_bytes(args);
+  void* workspace = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
+  std::memset(workspace, 0xff, bytes);
+  args.workspace = workspace;
+  cpu::separable(args);
+  std::free(workspace);
+}
+
+// out[n][a][pixel] = sum over b of in[n][b][pixel] * weights(a, b)
+template <class F>
+std::vector<double> pointwise(int64_t N, int64_t A, int64_t B, int64_t plane, const std::vector<double>& in,
+                              F&& weights) {
+  std::vector<double> out(N * A * plane);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t a = 0; a < A; ++a)
+      for (int64_t b = 0; b < B; ++b)
+        for (int64_t i = 0; i < plane; ++i) out[(n * A + a) * plane + i] += in[(n * B + b) * plane + i] * weights(a, b);
+  return out;
+}
+
+struct Random {
+  std::mt19937 engine{11};
+  std::normal_distribution<double> normal;
+
+  // A small scale keeps float16 from overflowing.
+  Truth draw(Dtype dtype, int64_t count, double scale = 1) {
+    Truth t{std::vector<double>(count), {}};
+    for (double& value : t.values) value = rounded(dtype, scale * normal(engine));
+    t.magnitude = absolute(t.values);
+    return t;
+  }
+};
+
+Tensor vector_of(Dtype type, const std::vector<double>& values) {
+  Tensor t(type, false, 1, static_cast<int64_t>(values.size()), 1, 1);
+  t.fill(values);
+  return t;
+}
+
+void test(Problem problem, int K, bool relu, bool nhwc, int threads, const std::string& what) {
+  const ConvShape& s = problem.shape;
+  const Dtype dtype = problem.dtype, vector_type = problem.vector_type;
+  const int64_t N = s.N, C = s.C, plane = int64_t{s.P()} * s.Q(), count = N * plane;
+  Random random;
+  const Truth w_pw = random.draw(dtype, int64_t{K} * C), dy = random.draw(dtype, N * K * plane, 1.0 / 64),
+              bias = random.draw(dtype, K), dmean = random.draw(vector_type, K),
+              dm2 = random.draw(vector_type, K, 1.0 / std::max<int64_t>(count, 64));
+  const auto weight = [&](int64_t k, int64_t c) { return w_pw.values[k * C + c]; };
+  const auto size = [&](int64_t k, int64_t c) { return w_pw.magnitude[k * C + c]; };
+
+  Truth z = problem.y;
+  if (relu) {
+    for (double& v : z.values) v = std::max(v, 0.0);
+  }
+  const Truth y{pointwise(N, K, C, plane, z.values, weight), pointwise(N, K, C, plane, z.magnitude, size)};
+
+  Tensor x(dtype, nhwc, N, C, s.H, s.W, true);
+  x.fill(problem.x);
+  const Tensor w = vector_of(dtype, problem.w), pw = vector_of(dtype, w_pw.values);
+  const Tensor center = vector_of(vector_type, problem.center), scale = vector_of(vector_type, problem.scale),
+               shift = vector_of(vector_type, problem.shift);
+  SeparableArgs args{};
+  args.shape = s, args.K = K, args.dtype = dtype, args.nhwc = nhwc, args.threads = threads;
+  args.x = x.ref(), args.w = w.bytes.data(), args.w_pw = pw.bytes.data();
+  if (problem.affine) args.on_load = {center.bytes.data(), scale.bytes.data(), shift.bytes.data(), false};
+  args.on_load.relu = problem.relu;
+  if (relu) args.between.low = 0;
+
+  Tensor made(dtype, nhwc, N, K, s.P(), s.Q()), mean(vector_type, false, 1, K, 1, 1), m2 = mean;
+  args.statistics = true, args.y = made.bytes.data(), args.mean = mean.bytes.data(), args.m2 = m2.bytes.data();
+  run(args);
+  compare(what + " y", dtype, made.values(), y);
+  // Of y as it was made.
+  const std::vector<double> values = made.values();
+  Truth true_mean{std::vector<double>(K), std::vector<double>(K, 1.0)}, true_m2 = true_mean;
+  const auto each = [&](auto&& f) {
+    for (int64_t i = 0; i < N * K * plane; ++i) f(i / plane % K, i);
+  };
+  std::vector<long double> exact_mean(K), exact_m2(K);
+  each([&](int64_t k, int64_t i) {
+    exact_mean[k] += static_cast<long double>(values[i]) / count;
+    true_mean.magnitude[k] += std::abs(values[i]) / count;
+  });
+  each([&](int64_t k, int64_t i) {
+    exact_m2[k] += (values[i] - exact_mean[k]) * (values[i] - exact_mean[k]);
+    true_m2.magnitude[k] += values[i] * values[i];
+  });
+  true_mean.values.assign(exact_mean.begin(), exact_mean.end());
+  true_m2.values.assign(exact_m2.begin(), exact_m2.end());
+  compare(what + " mean", vector_type, mean.values(), true_mean);
+  compare(what + " m2", vector_type, m2.values(), true_m2);
+
+  const auto backward = [&](bool statistics, bool with_dy) {
+    Truth g{std::vector<double>(N * K * plane), std::vector<double>(N * K * plane)};
+    each([&](int64_t k, int64_t i) {
+      if (with_dy) g.values[i] += dy.values[i], g.magnitude[i] += dy.magnitude[i];
+      if (!statistics) return;
+      g.values[i] += dmean.values[k] / count + 2 * (values[i] - true_mean.values[k]) * dm2.values[k];
+      g.magnitude[i] +=
+          dmean.magnitude[k] / count + 2 * (std::abs(values[i]) + true_mean.magnitude[k]) * dm2.magnitude[k];
+    });
+    const auto transposed = [&](auto&& f) { return [&f](int64_t c, int64_t k) { return f(k, c); }; };
+    problem.dy = pointwise(N, C, K, plane, g.values, transposed(weight));
+    const std::vector<double> size_dz = pointwise(N, C, K, plane, g.magnitude, transposed(size));
+    if (relu) {
+      for (size_t i = 0; i < problem.dy.size(); ++i) problem.dy[i] *= problem.y.values[i] > 0;
+    }
+    problem.differentiate(size_dz);
+    Truth dw_pw{std::vector<double>(K * C), std::vector<double>(K * C, problem.cancellation)};
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t c = 0; c < C; ++c)
+          for (int64_t i = 0; i < plane; ++i) {
+            const int64_t a = (n * K + k) * plane + i, b = (n * C + c) * plane + i;
+            dw_pw.values[k * C + c] += g.values[a] * z.values[b];
+            dw_pw.magnitude[k * C + c] += g.magnitude[a] * z.magnitude[b];
+          }
+
+    SeparableArgs call = args;
+    call.backward = true, call.statistics = statistics;
+    Tensor dy_tensor(dtype, nhwc, N, K, s.P(), s.Q(), true);
+    dy_tensor.fill(dy.values);
+    if (with_dy) call.dy = dy_tensor.ref();
+    const Tensor dmean_tensor = vector_of(vector_type, dmean.values), dm2_tensor = vector_of(vector_type, dm2.values);
+    call.y_made = made.ref(), call.mean_made = mean.bytes.data();
+    call.dmean = dmean_tensor.bytes.data(), call.dm2 = dm2_tensor.bytes.data();
+    Tensor dx(dtype, nhwc, N, C, s.H, s.W), dw(dtype, false, C, 1, s.R, s.S), dpw(dtype, false, K, C, 1, 1);
+    Tensor dscale(vector_type, false, 1, C, 1, 1), dshift = dscale;
+    call.dx = dx.bytes.data(), call.dw = dw.bytes.data(), call.dw_pw = dpw.bytes.data();
+    if (problem.affine) call.dscale = dscale.bytes.data(), call.dshift = dshift.bytes.data();
+    run(call);
+    const std::string which = what + (statistics ? " statistics" : "") + (with_dy ? "" : " without dy");
+    compare(which + " dx", dtype, dx.values(), problem.dx);
+    compare(which + " dw", dtype, dw.values(), problem.dw);
+    compare(which + " dw_pw", dtype, dpw.values(), dw_pw);
+    if (!problem.affine) return;
+    compare(which + " dscale", vector_type, dscale.values(), problem.dscale);
+    compare(which + " dshift", vector_type, dshift.values(), problem.dshift);
+  };
+  backward(true, true);
+  backward(true, false);
+  backward(false, true);
+
+  // Inference: biases, clamps and a residual.
+  const Truth residual = random.draw(dtype, N * K * plane);
+  z = problem.y_bias;
+  for (double& v : z.values) v = std::min(std::max(v, 0.0), 6.0);
+  Truth expected{pointwise(N, K, C, plane, z.values, weight), pointwise(N, K, C, plane, z.magnitude, size)};
+  each([&](int64_t k, int64_t i) {
+    const double sum = expected.values[i] + bias.values[k] + residual.values[i];
+    expected.values[i] = std::min(std::max(sum, 0.0), 6.0);
+    expected.magnitude[i] += bias.magnitude[k] + residual.magnitude[i];
+  });
+  Tensor residual_tensor(dtype, nhwc, N, K, s.P(), s.Q(), true);
+  residual_tensor.fill(residual.values);
+  const Tensor w_bias = vector_of(dtype, problem.bias), bias_tensor = vector_of(dtype, bias.values);
+  args.statistics = false, args.w_bias = w_bias.bytes.data(), args.bias = bias_tensor.bytes.data();
+  args.residual = residual_tensor.ref(), args.between = args.after = {0, 6};
+  run(args);
+  compare(what + " inference", dtype, made.values(), expected);
+}
+
+}  // namespace
+
+int main() {
+  int turn = 0;
+  for (const Named& named : kShapes) {
+    if (named.shape.M != 1 || named.shape.y_numel() > 60000) continue;
+    for (Dtype dtype : kDtypes)
+      for (int isa = 0; isa < cpu::isa_count(); ++isa, ++turn) {
+        const Load load = turn % 3 == 0 ? Load::kNothing : turn % 3 == 1 ? Load::kBoth : Load::kRelu;
+        const int K = turn % 4 == 0 ? 1 : turn % 4 == 1 ? 37 : 16;
+        const bool relu = turn % 2 == 0, nhwc = turn % 5 < 3;
+        cpu::set_isa(isa);
+        test(Problem(named.shape, dtype, load), K, relu, nhwc, 1 + turn % 3,
+             std::string(cpu::isa_name(isa)) + " " + named.name + " " + name(dtype) + (nhwc ? " NHWC" : " NCHW") +
+                 name(load) + " K " + std::to_string(K) + (relu ? " relu between" : ""));
+      }
+  }
+  std::printf("%d checks, %d failed, on %d instruction sets\n", checks, failures, cpu::isa_count());
+  return failures != 0;
+}
