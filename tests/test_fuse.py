@@ -283,7 +283,7 @@ def test_left_alone_with_a_reason(made, fused_blocks, reasons):
     ],
 )
 def test_only_a_block_that_ends_in_one_adds_the_residual(change, adds):
-    theirs = trained(Block((4,) * 4, nn.BatchNorm2d, None, True, True, None, False)).double()
+    theirs = trained(Block((4,) * 4, nn.BatchNorm2d, None, True, True, None, None, False)).double()
     ours, lines = copy.deepcopy(theirs), []
     for block in (theirs, ours):
         change(block)

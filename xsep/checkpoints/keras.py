@@ -255,6 +255,8 @@ def to_bytes(state: dict[str, Tensor]) -> bytes:
                 if tensor is None and variable != "bias":
                     raise ValueError(f"Keras's Xception has what this model has not: {target.module}")
                 if tensor is not None:
+                    if variable == "depthwise_kernel" and tensor.shape[1] != 1:
+                        raise ValueError(f"Keras's Xception is depthwise, and not in segments as {target.module} is")
                     group[str(i)] = _from_torch(target.kind, variable, tensor).numpy()
                     left.remove(f"{target.module}.{key}")
     if left:

@@ -61,6 +61,7 @@ def build(file: str | os.PathLike, preset: str | None = None, **options: Any) ->
         "num_classes": _size(tensors.get("fc.weight"), 0, default=0),
         "in_chans": _size(tensors.get("conv1.weight"), 1, default=3),
         "residual": "block1.skip.weight" in tensors,
+        "segments": _segments(tensors.get("block1.rep.0.conv1.weight")),
         "fc_layers": sum(key.startswith("hidden.") and key.endswith(".weight") for key in tensors),
     }
     model = xception(**{**found, **options})
@@ -74,7 +75,7 @@ def save(model: Xception, file: str | os.PathLike) -> None:
 
     Raises:
         ValueError: another ending; or Keras's Xception is not this model: another preset, hidden layers, an activation
-            within the separable convolutions, no residuals.
+            within the separable convolutions, segments, no residuals.
         OSError: the file cannot be written.
         ImportError: the file needs h5py or safetensors.
     """
@@ -96,6 +97,13 @@ def _traits(model: Xception) -> dict[str, str]:
 
 def _size(tensor: Tensor | None, dimension: int, default: int) -> int:
     return default if tensor is None or tensor.dim() <= dimension else tensor.shape[dimension]
+
+
+def _segments(spatial: Tensor | None) -> int | None:
+    """``xception``'s option, from spatial weights (C, C / segments, 3, 3), in old files of depthwise ones (C, 3, 3)."""
+    if spatial is None or spatial.dim() != 4 or spatial.shape[1] <= 1:
+        return None
+    return spatial.shape[0] // spatial.shape[1]
 
 
 def _read(file: Path, preset: str | None) -> files.Contents:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.block import FusedSequential, run_fused
-from ..nn.layers import DepthwiseConv2d, make_activation
+from ..nn.layers import make_activation, spatial_conv2d
 
 
 class Preset(NamedTuple):
@@ -40,6 +40,9 @@ BLOCKS: dict[int, tuple[int, ...]] = {
     12: (728, 728, 1024),
 }
 
+# What divides the channels of every separable convolution; None is depthwise.
+SEGMENTS = (None, 1, 2, 4, 8)
+
 
 class FeatureInfo(list):
     """A dict (``num_chs``, ``reduction``, ``module``) per feature map, with the accessors of timm's ``FeatureInfo``."""
@@ -59,10 +62,10 @@ class MaxPoolSame(nn.Module):
         return F.max_pool2d(x, 3, 2, padding=(x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
 
 
-def separable(in_channels: int, out_channels: int, activation: str | None) -> nn.Sequential:
+def separable(in_channels: int, out_channels: int, activation: str | None, segments: int | None) -> nn.Sequential:
     """The figure's SeparableConv 3x3, under the checkpoints' names ``conv1`` (depthwise) and ``pointwise``."""
     layers: OrderedDict = OrderedDict()
-    layers["conv1"] = DepthwiseConv2d(in_channels, in_channels, 3, padding=1, bias=False)
+    layers["conv1"] = spatial_conv2d(in_channels, in_channels, 3, segments, padding=1, bias=False)
     layers["act"] = make_activation(activation)
     layers["pointwise"] = nn.Conv2d(in_channels, out_channels, 1, bias=False)
     return nn.Sequential(layers)
@@ -85,6 +88,7 @@ class Block(nn.Module):
         starts_with_relu: bool,
         residual: bool,
         activation: str | None,
+        segments: int | None,
         fused: bool,
     ):
         super().__init__()
@@ -98,7 +102,7 @@ class Block(nn.Module):
             if i > 0 or starts_with_relu:
                 # The residual takes the block's input before the first ReLU.
                 rep.append(nn.ReLU(inplace=i > 0))
-            rep += [separable(in_channels, out_channels, activation), norm(out_channels)]
+            rep += [separable(in_channels, out_channels, activation, segments), norm(out_channels)]
         sequential = FusedSequential if fused else nn.Sequential
         self.rep = sequential(*rep, *([] if pool is None else [pool]))
 
@@ -131,7 +135,8 @@ class Xception(nn.Module):
     classifier (N, head_hidden_size).
 
     Raises:
-        ValueError: an unknown ``preset`` or ``activation``, a negative ``num_classes`` or ``fc_layers``.
+        ValueError: an unknown ``preset`` or ``activation``, a negative ``num_classes`` or ``fc_layers``, ``segments``
+            that do not divide.
     """
 
     num_features = 2048
@@ -147,14 +152,17 @@ class Xception(nn.Module):
         drop_rate: float = 0.0,
         features_only: bool = False,
         fused: bool = False,
+        segments: int | None = None,
     ):
         super().__init__()
         if preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {preset!r}")
         if fc_layers < 0:
             raise ValueError(f"fc_layers must not be negative; got {fc_layers}")
+        if segments not in SEGMENTS:
+            raise ValueError(f"segments must be one of {', '.join(map(str, SEGMENTS))}; got {segments!r}")
         self.preset, self.in_chans, self.drop_rate, self.features_only = preset, in_chans, drop_rate, features_only
-        self.activation, self.fused = activation, fused
+        self.activation, self.fused, self.segments = activation, fused, segments
         constants = PRESETS[preset]
         norm = partial(nn.BatchNorm2d, eps=constants.eps, momentum=constants.momentum)
 
@@ -166,11 +174,11 @@ class Xception(nn.Module):
         self.act2 = nn.ReLU(inplace=True)
         for i, widths in BLOCKS.items():
             pool = None if widths[0] == widths[-1] else MaxPoolSame() if constants.same_pool else nn.MaxPool2d(3, 2, 1)
-            self.add_module(f"block{i}", Block(widths, norm, pool, i > 1, residual, activation, fused))
-        self.conv3 = separable(1024, 1536, activation)
+            self.add_module(f"block{i}", Block(widths, norm, pool, i > 1, residual, activation, segments, fused))
+        self.conv3 = separable(1024, 1536, activation, segments)
         self.bn3 = norm(1536)
         self.act3 = nn.ReLU(inplace=True)
-        self.conv4 = separable(1536, self.num_features, activation)
+        self.conv4 = separable(1536, self.num_features, activation, segments)
         self.bn4 = norm(self.num_features)
         self.act4 = nn.ReLU(inplace=True)
 

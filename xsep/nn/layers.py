@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Callable, Literal, Union
+from typing import Any, Callable, Literal, NamedTuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -56,26 +56,13 @@ class DepthwiseConv2d(nn.Conv2d):
         device=None,
         dtype=None,
     ):
-        sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
-        for name, value in sizes.items():
-            if not isinstance(value, (int, str, tuple, list)):
-                raise TypeError(f"{name} must be an int or a tuple of ints; got {value!r}")
-        for name, value in {"in_channels": in_channels, "out_channels": out_channels}.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an int, at least 1; got {value!r}")
-        if out_channels % in_channels:
-            raise ValueError(f"out_channels must be a multiple of in_channels={in_channels}; got {out_channels}")
-        kernel_size, stride = pair(kernel_size, "kernel_size", 1), pair(stride, "stride", 1)
-        dilation = pair(dilation, "dilation", 1)
-        resolved = resolve_padding(padding, kernel_size, kernel_size, stride, dilation)
+        _check_channels(in_channels, out_channels)
+        sizes = _checked_sizes(kernel_size, stride, padding, dilation)
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, 0, dilation, in_channels, bias, padding_mode, device, dtype
+            *(in_channels, out_channels, sizes.kernel_size, sizes.stride, 0, sizes.dilation, in_channels),
+            *(bias, padding_mode, device, dtype),
         )
-        if isinstance(padding, str):
-            self.padding = padding
-        else:
-            symmetric = resolved[0] == resolved[1] and resolved[2] == resolved[3]
-            self.padding = (resolved[0], resolved[2]) if symmetric else resolved
+        self.padding = sizes.padding
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _convolve(
@@ -97,6 +84,67 @@ def _convolve(input, weight, bias, in_channels, stride, padding, dilation, paddi
     return depthwise_conv2d(input, weight, bias, stride, padding, dilation)
 
 
+def _check_channels(in_channels: int, out_channels: int) -> None:
+    for name, value in {"in_channels": in_channels, "out_channels": out_channels}.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an int, at least 1; got {value!r}")
+    if out_channels % in_channels:
+        raise ValueError(f"out_channels must be a multiple of in_channels={in_channels}; got {out_channels}")
+
+
+class _Sizes(NamedTuple):
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: Any  # a name, a pair, or four ints if asymmetric
+    dilation: tuple[int, int]
+
+
+def _checked_sizes(kernel_size: Size2, stride: Size2, padding: Padding, dilation: Size2) -> _Sizes:
+    sizes = {"kernel_size": kernel_size, "stride": stride, "padding": padding, "dilation": dilation}
+    for name, value in sizes.items():
+        if not isinstance(value, (int, str, tuple, list)):
+            raise TypeError(f"{name} must be an int or a tuple of ints; got {value!r}")
+    kernel_size, stride = pair(kernel_size, "kernel_size", 1), pair(stride, "stride", 1)
+    dilation = pair(dilation, "dilation", 1)
+    resolved = resolve_padding(padding, kernel_size, kernel_size, stride, dilation)
+    if isinstance(padding, str):
+        return _Sizes(kernel_size, stride, padding, dilation)
+    symmetric = resolved[0] == resolved[1] and resolved[2] == resolved[3]
+    return _Sizes(kernel_size, stride, (resolved[0], resolved[2]) if symmetric else resolved, dilation)
+
+
+def spatial_conv2d(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Size2,
+    segments: int | None = None,
+    stride: Size2 = 1,
+    padding: Padding = 0,
+    dilation: Size2 = 1,
+    bias: bool = True,
+    padding_mode: PaddingMode = "zeros",
+    device=None,
+    dtype=None,
+) -> nn.Conv2d:
+    """The convolution of a separable one that sees neighbours: of each of ``segments`` groups of channels by itself.
+
+    None or ``in_channels``: each channel by itself, a ``DepthwiseConv2d``.  Fewer: torch's grouped convolution, down to
+    1, the regular convolution.  Raises ``ValueError`` where ``segments`` does not divide ``in_channels``, and for
+    padding that only ``DepthwiseConv2d`` has.
+    """
+    if segments is None or segments == in_channels:
+        return DepthwiseConv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, bias, padding_mode, device, dtype
+        )
+    _check_channels(in_channels, out_channels)
+    if not isinstance(segments, int) or isinstance(segments, bool) or segments < 1 or in_channels % segments:
+        raise ValueError(f"segments must be None or divide in_channels={in_channels}; got {segments!r}")
+    sizes = _checked_sizes(kernel_size, stride, padding, dilation)
+    if sizes.padding == "tf_same" or (isinstance(sizes.padding, tuple) and len(sizes.padding) == 4):
+        raise ValueError(f"padding={padding!r} needs a depthwise convolution, not segments={segments}")
+    return nn.Conv2d(in_channels, out_channels, *sizes, segments, bias, padding_mode, device, dtype)
+
+
 class SeparableConv2d(nn.Module):
     """Depthwise convolution, optional activation, pointwise (1x1) convolution.
 
@@ -111,6 +159,12 @@ class SeparableConv2d(nn.Module):
         activation: between the two: None, ``'relu'``, ``'elu'`` or a callable, a module for instance.
         init: ``'torch'`` (``nn.Conv2d``'s), or ``'keras'``: Glorot uniform with Keras's fans, biases zero.
         device, dtype: of the parameters.
+        segments: the paper's spectrum (sections 1.2 and 5): into how many segments, each of in_channels / segments
+            channels, the spatial convolution divides its input.  None is depthwise, a segment per channel; 1 a regular
+            convolution, (in_channels * depth_multiplier, in_channels, kh, kw), 2 halves that, and so on; it must divide
+            ``in_channels``.  The spatial convolution stays the child ``depthwise``, torch's own where it is not
+            depthwise, and stays the first of the two; the section has the pointwise one first, as Inception has, and
+            calls the order unimportant in a stack of layers.
 
     Input (N, in_channels, H, W) or (in_channels, H, W); output (N, out_channels, P, Q) or (out_channels, P, Q).
 
@@ -133,6 +187,7 @@ class SeparableConv2d(nn.Module):
         init: Literal["torch", "keras"] = "torch",
         device=None,
         dtype=None,
+        segments: int | None = None,
     ):
         super().__init__()
         if not isinstance(depth_multiplier, int) or depth_multiplier < 1:
@@ -146,8 +201,18 @@ class SeparableConv2d(nn.Module):
             raise ValueError(f"bias must be a bool or a pair of bools (depthwise, pointwise); got {bias!r}")
         self.init = init
         hidden = in_channels * depth_multiplier
-        self.depthwise = DepthwiseConv2d(
-            in_channels, hidden, kernel_size, stride, padding, dilation, biases[0], padding_mode, device, dtype
+        self.depthwise = spatial_conv2d(
+            in_channels,
+            hidden,
+            kernel_size,
+            segments,
+            stride,
+            padding,
+            dilation,
+            biases[0],
+            padding_mode,
+            device,
+            dtype,
         )
         self.activation = make_activation(activation)
         self.pointwise = nn.Conv2d(hidden, out_channels, 1, bias=biases[1], device=device, dtype=dtype)
@@ -160,12 +225,15 @@ class SeparableConv2d(nn.Module):
             self.depthwise.reset_parameters()
             self.pointwise.reset_parameters()
             return
-        # Keras reads its depthwise kernel (kh, kw, C, M) as C inputs and M outputs; torch's fans of (C*M, 1, kh, kw)
-        # differ from that unless M is 1.
-        kh, kw = self.depthwise.kernel_size
-        C, M = self.depthwise.in_channels, self.depthwise.out_channels // self.depthwise.in_channels
-        limit = math.sqrt(6 / (kh * kw * C + kh * kw * M))
-        nn.init.uniform_(self.depthwise.weight, -limit, limit)
+        if isinstance(self.depthwise, DepthwiseConv2d):
+            # Keras reads its depthwise kernel (kh, kw, C, M) as C inputs and M outputs; torch's fans of
+            # (C*M, 1, kh, kw) differ from that unless M is 1.
+            kh, kw = self.depthwise.kernel_size
+            C, M = self.depthwise.in_channels, self.depthwise.out_channels // self.depthwise.in_channels
+            limit = math.sqrt(6 / (kh * kw * C + kh * kw * M))
+            nn.init.uniform_(self.depthwise.weight, -limit, limit)
+        else:
+            nn.init.xavier_uniform_(self.depthwise.weight)
         nn.init.xavier_uniform_(self.pointwise.weight)
         for convolution in (self.depthwise, self.pointwise):
             if convolution.bias is not None:
