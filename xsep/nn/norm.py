@@ -1,4 +1,4 @@
-"""BatchNorm as vectors made of a batch's statistics, those of all processes with ``nn.SyncBatchNorm``."""
+"""BatchNorm as vectors made of a batch's statistics, or of those of all processes; ``SyncBatchNorm2d``."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ def _update(norm: Any, mean: Tensor, m2: Tensor, count: int | Tensor) -> None:
         norm.running_var.mul_(1 - momentum).add_(m2 / _at_least_1(count - 1), alpha=momentum)
 
 
-def _group(norm: nn.Module) -> Any:
+def _group(norm: Any) -> Any:
     """The processes whose batches ``norm`` takes for one, or None: it goes by its own."""
-    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+    if not isinstance(norm, (nn.SyncBatchNorm, SyncBatchNorm2d)) or not norm.training:
         return None
     if not dist.is_available() or not dist.is_initialized():
         return None
@@ -103,17 +103,33 @@ class _Merge(torch.autograd.Function):
         return dmean.to(ctx.dtype), dm2.to(ctx.dtype), None, None
 
 
-class SyncBatchNorm2d(nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm`` that also runs on the CPU, where torch has no kernel for it.
+class SyncBatchNorm2d(_BatchNorm):
+    """BatchNorm over the batches of all processes, as ``nn.SyncBatchNorm``, which torch has for GPUs only.
 
-    On other devices it is ``nn.SyncBatchNorm``.
+    The arguments are those of ``nn.SyncBatchNorm``, and so is what is computed.  On a GPU that is faster and keeps less,
+    unless a ``FusedSequential`` applies either on load.  There are first derivatives only.
     """
 
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        **options: Any,
+    ):
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **options)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu":
-            return super().forward(input)
         if _group(self) is None:
-            return _BatchNorm.forward(self, input)
+            return super().forward(input)
         self._check_input_dim(input)
         wide = input.to(vector_dtype(input))
         others = [axis for axis in range(input.dim()) if axis != 1]
@@ -127,9 +143,10 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """``nn.SyncBatchNorm.convert_sync_batchnorm``, with this class: for every BatchNorm of ``module``."""
-        module = super().convert_sync_batchnorm(module, process_group)  # which calls this for the children
-        if type(module) is nn.SyncBatchNorm:
-            module.__class__ = cls
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+        for child in module.modules():
+            if type(child) is nn.SyncBatchNorm:
+                child.__class__ = cls
         return module
 
 

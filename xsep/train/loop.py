@@ -115,7 +115,8 @@ class _Training:
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=layout)
         if options.sync_bn:
-            self.model = SyncBatchNorm2d.convert_sync_batchnorm(self.model)
+            kind = nn.SyncBatchNorm if cuda else SyncBatchNorm2d
+            self.model = kind.convert_sync_batchnorm(self.model)
         self.average = Average(self.model, recipe.average)
         self.optimizer = recipes.make_optimizer(recipe, self.model)
         self.loss = recipes.make_loss(recipe)
