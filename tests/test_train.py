@@ -223,7 +223,9 @@ def test_a_training(folders, whole):
 
 
 def test_it_learns(folders, tmp_path):
-    assert train(folders, tmp_path, Net(norm=False, dropout=False), numbers={"epochs": 15, "lr": 0.1, "average": 0.9}) == 0
+    assert (
+        train(folders, tmp_path, Net(norm=False, dropout=False), numbers={"epochs": 15, "lr": 0.1, "average": 0.9}) == 0
+    )
     scores = rows(tmp_path / "evaluation.csv")[-2:]
     assert [float(line["top1"]) for line in scores] == [1, 1]
 

@@ -1,7 +1,7 @@
 """A small network and small images to train on, and a training of them as a program of its own.
 
-``python tests/training.py JSON`` runs ``fit`` on the folder ``data`` with the options in the JSON; ``net`` are those of the
-network, ``die`` is the number of the forward pass at which it kills itself.
+``python tests/training.py JSON`` runs ``fit`` on the folder ``data`` with the options in the JSON; ``net`` are
+those of the network, ``die`` is the number of the forward pass at which it kills itself.
 """
 
 import dataclasses
