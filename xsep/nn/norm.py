@@ -106,8 +106,8 @@ class _Merge(torch.autograd.Function):
 class SyncBatchNorm2d(_BatchNorm):
     """BatchNorm over the batches of all processes, as ``nn.SyncBatchNorm``, which torch has for GPUs only.
 
-    Arguments and results are those of ``nn.SyncBatchNorm``; there are first derivatives only.  It is composed of torch's
-    operators, unless a ``FusedSequential`` applies it on load, as it does either of the two.
+    Arguments and results are those of ``nn.SyncBatchNorm``; there are first derivatives only.  It is composed of
+    torch's operators, unless a ``FusedSequential`` applies it on load, as it does either of the two.
     """
 
     def __init__(
