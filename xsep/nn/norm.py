@@ -144,9 +144,9 @@ class SyncBatchNorm2d(_BatchNorm):
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """``nn.SyncBatchNorm.convert_sync_batchnorm``, with this class: for every BatchNorm of ``module``."""
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
-        for child in module.modules():
-            if type(child) is nn.SyncBatchNorm:
-                child.__class__ = cls
+        made: list[Any] = [child for child in module.modules() if type(child) is nn.SyncBatchNorm]
+        for child in made:
+            child.__class__ = cls
         return module
 
 
