@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import xsep
+from xsep.ops.backends import BACKENDS
 
 ops = torch.ops.xsep
 GEOMETRY = ((1, 1), (1, 1, 1, 1), (1, 1))
@@ -35,6 +36,55 @@ def test_explain_names_every_backend():
         assert "runs (forced)" in xsep.explain(x, w, padding=1).splitlines()[5]
     with xsep.backend("cuda"):
         assert "raises" in xsep.explain(x, w, padding=1).splitlines()[1]
+
+
+def block_lines(*given, **options):
+    """The rows of ``explain_block`` on the block, by the name of the pass."""
+    text = xsep.explain_block(*given, **options)
+    title, *rows = text[text.index("its block: ") :].splitlines()
+    return title, {name: reason for name, reason in (row.split(maxsplit=1) for row in rows)}
+
+
+def test_explain_block_says_what_is_composed_and_why(monkeypatch):
+    x, w, _ = inputs()
+    w_pw = torch.randn(5, 8, 1, 1)
+    assert xsep.explain_block(x, w, w_pw, padding=1).startswith(xsep.explain(x, w, padding=1) + "\nits block: ")
+    title, found = block_lines(x, w, w_pw, padding=1)
+    assert title == "its block: 5 channels, nothing between the convolutions, on cpu"
+    assert found == dict.fromkeys(("forward", "backward", "inference"), "runs in one go")
+    title, found = block_lines(x, w, w_pw, activation="elu")
+    assert "elu between the convolutions" in title and list(found) == ["forward", "backward"]
+    assert all("is composed: its kernels for blocks have no activation 'elu'" in reason for reason in found.values())
+    assert list(block_lines(x, w, w_pw, activation="relu6")[1]) == ["inference"]
+    _, found = block_lines(x, torch.randn(16, 1, 3, 3), torch.randn(5, 16, 1, 1))
+    assert found["backward"] == "is composed: its kernels for blocks have no channel multiplier; got 2"
+    with xsep.backend("aten"):
+        title, found = block_lines(x, w, w_pw)
+        assert title.endswith("on aten") and found["forward"] == "is composed: it has no kernels for blocks"
+        assert found["inference"] == "is composed: it has no kernels for blocks in inference"
+    with xsep.backend("cuda"):
+        assert xsep.explain_block(x, w, w_pw) == xsep.explain(x, w)  # which says why it raises
+    asked = []
+    monkeypatch.setattr(BACKENDS["cpu"], "why_not_block", lambda *given: asked.append(given))
+    xsep.explain_block(x, w, w_pw, 2, (1, 0), activation="relu", on_load=False)
+    assert [backward for _, backward in asked] == [False, True]
+    for b, _ in asked:
+        assert (b.K, b.on_load, b.activation, b.depthwise.stride, b.depthwise.pad) == (
+            5,
+            False,
+            "relu",
+            (2, 2),
+            (1, 1, 0, 0),
+        )
+    for bad, message in (
+        ((x[0], w, w_pw), "input must be"),
+        ((x, w, w), "pointwise_weight must be"),
+        ((x, w, w_pw, 0), "stride"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            xsep.explain_block(*bad)
+    with pytest.raises(ValueError, match="activation must be.*'gelu'"):
+        xsep.explain_block(x, w, w_pw, activation="gelu")
 
 
 def test_a_forced_backend_that_cannot_run_raises_its_reason():

@@ -39,6 +39,7 @@ def test_info():
         "Triton kernels",
         "torch",
         "cpu   float16",
+        "its block: 128 channels",
     ):
         assert word in out
 

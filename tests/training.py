@@ -1,7 +1,7 @@
 """A small network and small images to train on, and a training of them as a program of its own.
 
-``python tests/training.py JSON`` runs ``fit`` on the folder ``data`` with the options in the JSON; ``die`` is the
-number of the forward pass at which it kills itself.
+``python tests/training.py JSON`` runs ``fit`` on the folder ``data`` with the options in the JSON; ``net`` are
+those of the network, ``die`` is the number of the forward pass at which it kills itself.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from xsep import SeparableConv2d
+from xsep.nn import FusedSequential
 from xsep.train import RECIPES, Options, fit, processes
 from xsep.train.splits import open_split
 
@@ -26,15 +27,15 @@ SIZE = 16
 CLASSES = ["bright", "dark", "grey"]
 
 
-class Net(nn.Sequential):
-    """Two separable convolutions, with or without BatchNorm and dropout."""
+class Net(FusedSequential):
+    """Two separable convolutions, perhaps without BatchNorm or dropout."""
 
-    def __init__(self, plain=False, classes=3):
+    def __init__(self, norm=True, dropout=True, classes=3):
         layers = [SeparableConv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
-        layers += [SeparableConv2d(8, 16, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-        layers += [nn.Dropout(0.5), nn.Linear(16, classes)]
-        left_out = (nn.BatchNorm2d, nn.Dropout) if plain else ()
-        super().__init__(*(layer for layer in layers if not isinstance(layer, left_out)))
+        layers += [SeparableConv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, classes)]
+        kept = {nn.BatchNorm2d: norm, nn.Dropout: dropout}
+        super().__init__(*(layer for layer in layers if kept.get(type(layer), True)))
         self.calls, self.acts = 0, {}
 
     def forward(self, x):
@@ -92,7 +93,7 @@ def main(given):
     torch.set_num_threads(1)
     joined = processes.start("cpu")
     torch.manual_seed(0)
-    net = Net(given.pop("plain", False))
+    net = Net(**given.pop("net", {}))
     net.acts = {given.pop("die", 0): signal.SIGKILL}
     status = train(Path(given.pop("data")), given.pop("output"), net, joined=joined, **given)
     processes.finish()

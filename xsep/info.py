@@ -11,7 +11,7 @@ import torch
 from . import __version__
 from .ops import backends, cuda, triton
 from .ops import cpu as cpu_backend
-from .ops.problem import Problem
+from .ops.problem import BlockProblem, Problem
 
 
 def processor() -> str:
@@ -61,7 +61,7 @@ def machine() -> dict[str, str]:
 
 
 def choices() -> str:
-    """Which backend runs a 3x3 depthwise convolution, per device and dtype, and why the others do not."""
+    """Which backend runs a 3x3 depthwise convolution, per device and dtype; of one why, and the block of it."""
     lines = []
     for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
@@ -72,7 +72,7 @@ def choices() -> str:
                 lines.append(f"  {device:5s} {name:9s} {layout:14s} {backends.choose(p).name}")
     p = Problem("cpu", torch.float32, False, (8, 64, 56, 56), (64, 1, 3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
     lines.append("For instance:")
-    lines.extend("  " + line for line in backends.explain_problem(p).splitlines())
+    lines.extend("  " + line for line in backends.explain_block(BlockProblem(p, 128, True, None)).splitlines())
     return "\n".join(lines)
 
 

@@ -4,5 +4,6 @@ from .block import FusedSequential
 from .convert import convert
 from .fuse import fuse
 from .layers import DepthwiseConv2d, SeparableConv2d
+from .norm import SyncBatchNorm2d
 
-__all__ = ["DepthwiseConv2d", "FusedSequential", "SeparableConv2d", "convert", "fuse"]
+__all__ = ["DepthwiseConv2d", "FusedSequential", "SeparableConv2d", "SyncBatchNorm2d", "convert", "fuse"]

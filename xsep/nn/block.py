@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Iterable, Literal, NamedTuple, Optional
 
-import torch
 from torch import Tensor, nn
 
 from ..ops import separable_block
-from ..ops.block import vector_dtype
 from .layers import DepthwiseConv2d, SeparableConv2d
+from .norm import KINDS, takes_statistics, vectors
 
 Activation = Optional[Literal["relu", "elu"]]
 
@@ -43,7 +42,7 @@ def run_fused(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
         if isinstance(step, nn.Module):
             x = step(x)
             continue
-        center, scale, shift = (None, None, None) if step.norm is None else _vectors(step.norm, x, mean, m2)
+        center, scale, shift = (None, None, None) if step.norm is None else vectors(step.norm, x, mean, m2)
         norm = following.norm if isinstance(following, _Fused) else None
         x, mean, m2 = separable_block(
             x,
@@ -57,7 +56,7 @@ def run_fused(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
             step.depthwise.padding,
             step.depthwise.dilation,
             step.activation,
-            statistics=norm is not None and _takes_statistics(norm),
+            statistics=norm is not None and takes_statistics(norm),
         )
     return x
 
@@ -65,7 +64,7 @@ def run_fused(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
 class _Fused(NamedTuple):
     """A separable convolution and what it applies on load."""
 
-    norm: nn.BatchNorm2d | None
+    norm: nn.Module | None
     relu: bool
     depthwise: DepthwiseConv2d
     activation: Activation
@@ -77,9 +76,7 @@ def _steps(layers: list[nn.Module]) -> list[nn.Module | _Fused]:
     position = 0
     while position < len(layers):
         end = position
-        norm: Any = (
-            layers[end] if steps and isinstance(steps[-1], _Fused) and is_exactly(layers[end], nn.BatchNorm2d) else None
-        )
+        norm: Any = layers[end] if steps and isinstance(steps[-1], _Fused) and is_any(layers[end], KINDS) else None
         end += norm is not None
         relu = end < len(layers) and is_exactly(layers[end], nn.ReLU)
         end += relu
@@ -97,7 +94,7 @@ def _separable(layer: nn.Module) -> tuple[DepthwiseConv2d, Activation, nn.Conv2d
     fits = (
         is_exactly(depthwise, DepthwiseConv2d)
         and (depthwise.bias, depthwise.padding_mode) == (None, "zeros")
-        and any(is_exactly(activation, kind) for kind in _ACTIVATIONS)
+        and is_any(activation, _ACTIVATIONS)
         and getattr(activation, "alpha", 1) == 1
         and is_exactly(pointwise, nn.Conv2d)
         and (pointwise.bias, pointwise.kernel_size, pointwise.groups) == (None, (1, 1), 1)
@@ -112,39 +109,5 @@ def is_exactly(module: nn.Module, kind: type) -> bool:
     return type(module) is kind and not hooks and "forward" not in vars(module)
 
 
-def _takes_statistics(norm: nn.BatchNorm2d) -> bool:
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
-
-
-def _vectors(norm: nn.BatchNorm2d, y: Tensor, mean: Tensor | None, m2: Tensor | None):
-    """center, scale and shift with which ``norm(y)`` is scale * (y - center) + shift; mean and m2 are those of y.
-
-    Running statistics are updated as ``norm`` would.
-    """
-    if mean is not None and m2 is not None:
-        var = m2 / max(1, y.numel() // y.shape[1])
-        if norm.training:
-            _count(norm, y, mean.detach(), m2.detach())
-    else:
-        assert norm.running_mean is not None and norm.running_var is not None
-        mean, var = norm.running_mean, norm.running_var.to(vector_dtype(y))
-    scale = torch.rsqrt(var + norm.eps)
-    return mean, scale if norm.weight is None else norm.weight * scale, norm.bias
-
-
-@torch.no_grad()
-def _count(norm: nn.BatchNorm2d, y: Tensor, mean: Tensor, m2: Tensor) -> None:
-    """What ``nn.BatchNorm2d`` does to its buffers in training."""
-    count = y.numel() // y.shape[1]
-    if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(y.shape)}")
-    if not norm.track_running_stats:
-        return
-    momentum = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    if count > 1 and norm.running_mean is not None and norm.running_var is not None and momentum is not None:
-        norm.running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-        norm.running_var.mul_(1 - momentum).add_(m2 / (count - 1), alpha=momentum)
+def is_any(module: nn.Module, kinds: Iterable[type]) -> bool:
+    return any(is_exactly(module, kind) for kind in kinds)

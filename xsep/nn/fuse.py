@@ -11,15 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..ops import separable_block_inference
-from .block import FusedSequential, is_exactly
+from .block import FusedSequential, is_any, is_exactly
 from .convert import full_name, listed
 from .layers import DepthwiseConv2d, SeparableConv2d
+from .norm import KINDS
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 _CONVOLUTIONS = nn.Conv2d, DepthwiseConv2d
-_NORMS = nn.BatchNorm2d, nn.SyncBatchNorm
 # By name, since timm and torchvision need not be installed: children that ``forward`` calls one after the other.
 _STEM = "conv1", "bn1", "act1", "conv2", "bn2", "act2"
 _EXIT = "conv3", "bn3", "act3", "conv4", "bn4", "act4"
@@ -218,7 +218,7 @@ def _sequences(model: nn.Module) -> list[list[_Slot]]:
 def _fuse_sequence(slots: list[_Slot], done: _Done) -> None:
     position = 0  # nothing before it is taken up any more
     for start, slot in enumerate(slots):
-        if start < position or not _is_any(slot.module, _CONVOLUTIONS):
+        if start < position or not is_any(slot.module, _CONVOLUTIONS):
             continue
         end, norm = _take_norm(slots, start + 1)
         if _is_depthwise(slot.module):
@@ -255,7 +255,7 @@ def _fuse_separable(slots: list[_Slot], position: int, start: int, done: _Done) 
     relu = start > position and is_exactly(slots[start - 1].module, nn.ReLU)
     if relu and slots[start - 1].module.inplace:
         # What it overwrites must be nobody else's: the result of a layer that makes a new tensor.
-        relu = start > 1 and (start - 1 == position or _is_any(slots[start - 2].module, (*_CONVOLUTIONS, *_NORMS)))
+        relu = start > 1 and (start - 1 == position or is_any(slots[start - 2].module, (*_CONVOLUTIONS, *KINDS)))
     end, norm = _take_norm(slots, start + 1)
     end, activation = _take_activation(slots, end)
     pointwise = slots[end]
@@ -288,13 +288,9 @@ def _take_norm(slots: list[_Slot], position: int) -> tuple[int, _Slot | None]:
 
 
 def _take_activation(slots: list[_Slot], position: int) -> tuple[int, str | None]:
-    if position < len(slots) and _is_any(slots[position].module, _ACTIVATIONS):
+    if position < len(slots) and is_any(slots[position].module, _ACTIVATIONS):
         return position + 1, _ACTIVATIONS[type(slots[position].module)]
     return position, None
-
-
-def _is_any(module: nn.Module, kinds: Iterable[type]) -> bool:
-    return any(is_exactly(module, kind) for kind in kinds)
 
 
 def _is_depthwise(module: nn.Module) -> bool:
@@ -312,7 +308,7 @@ def _is_pointwise(module: nn.Module) -> bool:
 
 
 def _why_not_folded(norm: nn.Module) -> str | None:
-    if not _is_any(norm, _NORMS):
+    if not is_any(norm, KINDS):
         return "with hooks or of a class that is not known"
     return "without running statistics" if norm.running_mean is None or norm.running_var is None else None
 

@@ -2,13 +2,21 @@
 
 from .backends import backend, load_choices, save_choices
 from .cpu import empty_cache
-from .functional import depthwise_conv2d, explain, separable_block, separable_block_inference, separable_conv2d
+from .functional import (
+    depthwise_conv2d,
+    explain,
+    explain_block,
+    separable_block,
+    separable_block_inference,
+    separable_conv2d,
+)
 
 __all__ = [
     "backend",
     "depthwise_conv2d",
     "empty_cache",
     "explain",
+    "explain_block",
     "load_choices",
     "save_choices",
     "separable_block",

@@ -106,6 +106,12 @@ def why_not_block(b: BlockProblem, chosen: Backend, backward: bool) -> str | Non
     return ask(b, backward) if ask else "it has no kernels for blocks"
 
 
+def why_not_block_inference(b: BlockProblem, chosen: Backend) -> str | None:
+    """The same for the block of a trained network (``inference.py``)."""
+    ask = getattr(chosen, "why_not_block_inference", None)
+    return ask(b) if ask else "it has no kernels for blocks in inference"
+
+
 @lru_cache(maxsize=4096)
 def _choose(problem: Problem, forced: str | None) -> Backend:
     check_sizes(*problem[3:8])
@@ -198,4 +204,22 @@ def explain_problem(problem: Problem) -> str:
     if _forced is None and tuning.wanted(problem):
         lines.append("  but torch.backends.cudnn.benchmark is set: what was fastest when a pass was first seen runs")
         lines.extend(TIMED.explain(problem))
+    return "\n".join(lines)
+
+
+def explain_block(b: BlockProblem) -> str:
+    """``explain_problem`` of the depthwise convolution, and whether its backend makes a block of it in one go."""
+    lines = [explain_problem(b.depthwise)]
+    try:
+        chosen = choose(b.depthwise)
+    except RuntimeError:
+        return lines[0]
+    lines.append(f"its block: {b.K} channels, {b.activation or 'nothing'} between the convolutions, on {chosen.name}")
+    reasons = {}
+    if b.activation != "relu6":  # which training does not have
+        reasons = {"forward": why_not_block(b, chosen, False), "backward": why_not_block(b, chosen, True)}
+    if b.activation != "elu":  # which inference does not have
+        reasons["inference"] = why_not_block_inference(b, chosen)
+    for name, reason in reasons.items():
+        lines.append(f"  {name:14s} " + ("runs in one go" if reason is None else f"is composed: {reason}"))
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._compat import is_compiling
 from . import aten, backends, block, inference, library
 from .geometry import Padding, Size2, pair, resolve_padding
-from .problem import Problem, is_nhwc
+from .problem import BlockProblem, Problem, is_nhwc
 
 
 def depthwise_conv2d(
@@ -206,9 +206,37 @@ def explain(
     """Which backend ``depthwise_conv2d`` would run for these arguments, and why the others do not."""
     x = _batched(input, "input")
     geometry = _geometry(x, weight, stride, padding, dilation)
-    return backends.explain_problem(
-        Problem(x.device.type, x.dtype, is_nhwc(x), tuple(x.shape), tuple(weight.shape), *geometry, x.get_device())
-    )
+    return backends.explain_problem(_problem(x, weight, geometry))
+
+
+def explain_block(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    stride: Size2 = 1,
+    padding: Padding = 0,
+    dilation: Size2 = 1,
+    activation: Literal["relu", "relu6", "elu"] | None = None,
+    on_load: bool = True,
+) -> str:
+    """``explain`` for ``separable_block``, its backward and ``separable_block_inference``.
+
+    Below the backends of the depthwise convolution it says whether the one that runs makes the block in one go, or why
+    the block is composed of its depthwise kernels and torch's operators.  ``activation`` is that between the
+    convolutions; ``on_load`` says whether there are BatchNorm's vectors or a ReLU before them.
+    """
+    if activation not in (None, "relu", "relu6", "elu"):
+        raise ValueError(f"activation must be None, 'relu', 'relu6' or 'elu'; got {activation!r}")
+    if input.dim() != 4:
+        raise ValueError(f"input must be (N, C, H, W); got shape {tuple(input.shape)}")
+    geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
+    block._check(input, depthwise_weight, pointwise_weight, None, None, None, *geometry)
+    problem = _problem(input, depthwise_weight, geometry)
+    return backends.explain_block(BlockProblem(problem, pointwise_weight.shape[0], on_load, activation))
+
+
+def _problem(x: Tensor, weight: Tensor, geometry) -> Problem:
+    return library.problem_of(x, is_nhwc(x), x.shape, weight.shape, *geometry)
 
 
 def _batched(t: Tensor, name: str) -> Tensor:

@@ -45,7 +45,7 @@ def _block_inference(x, w_dw, w_pw, w_dw_bias, bias, residual, relu, activation,
     p = problem_of(x, is_nhwc(x), x.shape, w_dw.shape, stride, pad, dilation)
     chosen: Any = backends.choose(p)
     b = BlockProblem(p, w_pw.shape[0], relu, activation)
-    if why_not_fused(b, chosen) is None:
+    if backends.why_not_block_inference(b, chosen) is None:
         return chosen.block_inference(b, x, w_dw, w_pw, w_dw_bias, bias, residual, activation, out_activation)
     z = chosen.fprop(p, x, w_dw, w_dw_bias, block._on_load(x, None, None, None, relu))
     z = _activated(z, activation, inplace=True)
@@ -53,12 +53,6 @@ def _block_inference(x, w_dw, w_pw, w_dw_bias, bias, residual, relu, activation,
     if residual is not None:
         y += residual
     return _activated(y, out_activation, inplace=True)
-
-
-def why_not_fused(b: BlockProblem, chosen: backends.Backend) -> str | None:
-    """Why the backend that was chosen for the depthwise convolution composes the block, or None: it has a kernel."""
-    ask = getattr(chosen, "why_not_block_inference", None)
-    return ask(b) if ask else "it has no kernels for blocks in inference"
 
 
 implement("block_inference", _block_inference)

@@ -154,7 +154,7 @@ def _add_run(group: Any) -> None:
     group.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     group.add_argument("--amp", choices=sorted(AMP), help="mixed precision (default: float32 only)")
     group.add_argument("--channels-last", action=switch, default=True, help="NHWC in place of NCHW")
-    group.add_argument("--sync-bn", action="store_true", help="BatchNorm over all processes; needs CUDA")
+    group.add_argument("--sync-bn", action="store_true", help="BatchNorm over the batches of all processes")
 
 
 def _add_recipe(group: Any) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import _compat
+from ..nn import SyncBatchNorm2d
 from . import logs, recipes, state
 from .averaging import Average
 from .data import Images, Plan, batches
@@ -99,8 +100,6 @@ class _Training:
         self.joined, self.class_weights = joined, class_weights
         self.device = joined.device
         cuda = self.device.type == "cuda"
-        if options.sync_bn and not cuda:
-            raise ValueError("SyncBatchNorm needs CUDA: torch has no code for it on CPUs")
         self.plan = Plan(
             options.batch_size,
             options.accumulate,
@@ -116,7 +115,8 @@ class _Training:
         layout = torch.channels_last if options.channels_last else torch.contiguous_format
         self.model = model.to(self.device).to(memory_format=layout)
         if options.sync_bn:
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            kind = nn.SyncBatchNorm if cuda else SyncBatchNorm2d
+            self.model = kind.convert_sync_batchnorm(self.model)
         self.average = Average(self.model, recipe.average)
         self.optimizer = recipes.make_optimizer(recipe, self.model)
         self.loss = recipes.make_loss(recipe)
