@@ -29,7 +29,9 @@ class Unit(NamedTuple):
         return f"{self.group}.cu for {self.type_name}"
 
 
-UNITS = [Unit(g, t) for g in ("nhwc", "nchw", "generic") for t in ("float", "xsep::half_t", "xsep::bfloat16_t")]
+UNITS = [
+    Unit(g, t) for g in ("nhwc", "nchw", "generic", "separable") for t in ("float", "xsep::half_t", "xsep::bfloat16_t")
+]
 UNITS.append(Unit("generic", "double"))
 
 

@@ -6,7 +6,7 @@
 
 Every configuration of every pass is compiled for every target, layout and dtype, as the JIT would for 728 channels of
 37 x 37, as Xception has them, in aligned tensors.  A row: registers and bytes spilled a
-thread, bytes of shared memory a program, the widest loads and stores.
+thread, bytes of shared memory a program, the widest loads and stores, the instruction of matrix products.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from xsep.ops.compiled import DGRAD, DGRAD_WGRAD, FPROP, PASSES, WGRAD
-from xsep.ops.problem import Problem
+from xsep.ops.problem import BlockProblem, Problem
 from xsep.triton import configs, launch
 
 TARGETS = {
@@ -48,10 +48,14 @@ PROBLEMS = {
     "3x3_stride2": dict(kernel=3, stride=2),
     "3x3_multiplier": dict(kernel=3, multiplier=2),
     "3x3_on_load": dict(kernel=3, on_load=True),
+    **{f"3x3_block_{K}": dict(kernel=3, on_load=True, block=K) for K in (16, 32, 64, 128, 256)},
+    "5x5_block_256": dict(kernel=5, block=256),
 }
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 _PTX_ARCH = re.compile(r"\.target (sm_\w+)")
+_BLOCK = len(PASSES)  # as a pass: the training block, forward
+_MATRIX = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
 
 
 class Job(NamedTuple):
@@ -60,7 +64,7 @@ class Job(NamedTuple):
     dtype: str
     nhwc: bool
     pass_: int
-    config: configs.Config
+    config: configs.Config | configs.BlockConfig
 
 
 class Row(NamedTuple):
@@ -71,6 +75,7 @@ class Row(NamedTuple):
     shared: int  # bytes a program
     load: int  # bytes of the widest load from global memory, of a thread
     store: int
+    matrix: str  # its instruction of matrix products, or "-"
 
 
 def problem(name: str, dtype: torch.dtype, nhwc: bool) -> Problem:
@@ -80,10 +85,21 @@ def problem(name: str, dtype: torch.dtype, nhwc: bool) -> Problem:
     return Problem("cuda", dtype, nhwc, *sizes, (s, s), (R // 2,) * 4, (1, 1), 0)
 
 
+def block(name: str, dtype: torch.dtype) -> BlockProblem:
+    options = PROBLEMS[name]
+    return BlockProblem(problem(name, dtype, True), options["block"], options.get("on_load", False), None)
+
+
 def jobs(targets, problems, dtypes, most: int) -> list[Job]:
     found = []
     for name in problems:
         for dtype in dtypes:
+            if "block" in PROBLEMS[name]:
+                b = block(name, DTYPES[dtype])
+                if configs.why_not_fused(b) is None:
+                    config = configs.block_config(b)
+                    found += [Job(each, name, dtype, True, _BLOCK, config) for each in targets if each != "sm_75"]
+                continue
             for nhwc in (True, False):
                 p = problem(name, DTYPES[dtype], nhwc)
                 for pass_ in range(len(PASSES)):
@@ -112,7 +128,11 @@ def _started(job: Job) -> list[tuple]:
     on_load = None
     if PROBLEMS[job.problem].get("on_load"):
         on_load = (*(torch.empty(p.x[1], dtype=wide, device="meta") for _ in range(3)), True)
-    if job.pass_ == FPROP:
+    if job.pass_ == _BLOCK:
+        b = block(job.problem, p.dtype)
+        w_pw = torch.empty((b.K, p.w[0], 1, 1), dtype=p.dtype, device="meta")
+        launch.block(b, x, w, w_pw, on_load, True, job.config, record)
+    elif job.pass_ == FPROP:
         launch.fprop(p, x, w, None, on_load, job.config, 132, record)
     else:
         x_or_none = None if job.pass_ == DGRAD else x
@@ -124,7 +144,7 @@ def _started(job: Job) -> list[tuple]:
 def _source(kernel, arguments: tuple, constants: dict) -> tuple[ASTSource, dict]:
     """What the JIT would compile: integers equal to 1 are constants, those divisible by 16 known to be."""
     constants = dict(constants)
-    options = {"num_warps": constants.pop("num_warps")}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     signature: dict[str, str] = {}
     known: dict[str, object] = {}
     attributes: dict[tuple, list] = {}
@@ -154,10 +174,16 @@ def compile_job(job: Job) -> list[Row]:
     return rows
 
 
-def _nvidia(compiled) -> tuple[int, int, int, int, int]:
+def _nvidia(compiled) -> tuple[int, int, int, int, int, str]:
     ptx = compiled.asm["ptx"]
     registers, spilled = _ptxas(ptx)
-    return registers, spilled, compiled.metadata.shared, _widest(ptx, "ld.global"), _widest(ptx, "st.global")
+    loads, stores = (_widest(ptx, name) for name in ("ld.global", "st.global"))
+    return registers, spilled, compiled.metadata.shared, loads, stores, _matrix(ptx)
+
+
+def _matrix(text: str) -> str:
+    found = _MATRIX.search(text)
+    return found.group(0) if found else "-"
 
 
 def _widest(ptx: str, instruction: str) -> int:
@@ -185,12 +211,12 @@ def _ptxas(ptx: str) -> tuple[int, int]:
     return int(re.search(r"Used (\d+) registers", report).group(1)), int(spilled.group(1)) if spilled else 0  # type: ignore[union-attr]
 
 
-def _amd(compiled) -> tuple[int, int, int, int, int]:
+def _amd(compiled) -> tuple[int, int, int, int, int, str]:
     text = compiled.asm["amdgcn"]
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
     spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))  # type: ignore[union-attr]
     loads, stores = (_widest_amd(text, name) for name in ("load", "store"))
-    return registers, spilled, compiled.metadata.shared, loads, stores
+    return registers, spilled, compiled.metadata.shared, loads, stores, _matrix(text)
 
 
 def _widest_amd(text: str, name: str) -> int:
@@ -209,7 +235,9 @@ def main() -> int:
     options = parser.parse_args()
     todo = jobs(options.targets, options.problems, options.dtypes, options.most)
     print(f"Triton {triton.__version__}, {len(todo)} compilations")
-    print("target   problem         dtype    layout pass        tile           registers spilled shared load store")
+    print(
+        "target   problem         dtype    layout pass        tile           registers spilled shared load store matrix"
+    )
     spilling = 0
     with ProcessPoolExecutor(options.jobs) as pool:
         for rows in pool.map(compile_job, todo, chunksize=4):
@@ -217,8 +245,8 @@ def main() -> int:
             job, tile = row.job, "x".join(map(str, row.job.config[:3])) + f" w{row.job.config.warps}"
             print(
                 f"{job.target:8s} {job.problem:15s} {job.dtype:8s} {'NHWC' if job.nhwc else 'NCHW':6s} "
-                f"{PASSES[job.pass_]:11s} {tile:14s} {row.registers:9d} {row.spilled:7d} {row.shared:6d} "
-                f"{row.load:4d} {row.store:5d}",
+                f"{(*PASSES, 'block')[job.pass_]:11s} {tile:14s} {row.registers:9d} {row.spilled:7d} {row.shared:6d} "
+                f"{row.load:4d} {row.store:5d} {row.matrix}",
                 flush=True,
             )
             spilling += any(each.spilled for each in rows)

@@ -86,6 +86,13 @@ def true_results(case, x, w, bias, dy):
     return y, dx.reshape(case.N, case.C, case.M, case.H, case.W).sum(2), dw
 
 
+def clones(run):
+    """How many dense copies torch makes of tensors while ``run()`` runs: of another layout, for instance."""
+    with torch.autograd.profiler.profile() as profile:
+        run()
+    return sum(event.name == "aten::clone" for event in profile.function_events)
+
+
 def nbytes(t):
     return t.numel() * t.element_size()
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import dtypes, interpreted
-from conv_cases import DTYPES, LAYOUTS, cases, dense, nbytes, rounded, sliced, true_results, wide
+from conv_cases import DTYPES, LAYOUTS, cases, clones, dense, nbytes, rounded, sliced, true_results, wide
 from gradients import assert_all_no_worse_than_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -278,12 +278,20 @@ def test_expanded_gradients_and_gradients_in_the_other_layout(layout, backend):
 
 
 def test_pointwise_weights_of_either_layout_leave_the_input_its_own():
+    """Without a copy: results that torch makes in the layout of the weights would have to be copied."""
     for layout in LAYOUTS:
         for other in LAYOUTS:
-            x, *vectors, w_dw, w_pw = leaves(torch.float32, layout)
-            w_pw = w_pw.detach().contiguous(memory_format=other).requires_grad_()
-            y, _, _ = xsep.separable_block(x, *vectors, True, w_dw, w_pw)
-            dx, dw_pw = torch.autograd.grad(y.sum(), (x, w_pw))
+            x, _, _, _, w_dw, w_pw = leaves(torch.float32, layout)
+            # contiguous(memory_format=other) would leave the strides of 1x1 weights as they are.
+            w_pw = w_pw.detach().to(memory_format=other).requires_grad_()
+            outputs, dy = [], torch.ones(2, 3, 3, 2).contiguous(memory_format=layout)
+
+            def run(x=x, w_dw=w_dw, w_pw=w_pw, outputs=outputs, dy=dy):
+                y, _, _ = xsep.separable_block(x, None, None, None, True, w_dw, w_pw, statistics=False)
+                outputs.extend((y, *torch.autograd.grad(y, (x, w_pw), dy)))
+
+            assert clones(run) == 0
+            y, dx, dw_pw = outputs
             assert y.is_contiguous(memory_format=layout) and dx.is_contiguous(memory_format=layout)
             assert dw_pw.is_contiguous()
 

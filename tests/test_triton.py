@@ -4,23 +4,27 @@ The operators' own tests run them too, in the interpreter, or on a GPU where the
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import needs
 import pytest
 import torch
 from conftest import interpreted
 from conv_cases import LAYOUTS
+from test_block import check_drawn
 from test_ops import check_all_maps, tensors
 
 import xsep
 from xsep import info, selftest
 from xsep.ops import triton as triton_backend
 from xsep.ops.backends import BACKENDS
-from xsep.ops.problem import Problem
+from xsep.ops.problem import BlockProblem, Problem
 from xsep.shapes import Shape
+from xsep.testing import assert_no_worse_than_torch
 from xsep.triton import configs, tuning
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +35,13 @@ LARGE_FILTERS = {
     "8x8_multiplier_stride2": Shape(2, 3, 10, 9, 8, 8, 2, (2, 2), (3, 3, 4, 4)),
     "7x7_stride2": Shape(1, 4, 9, 17, 7, 7, 1, (2, 2), (3, 3, 3, 3)),
     "2x33": Shape(1, 4, 3, 12, 2, 33, pad=(0, 1, 16, 16)),
+}
+BLOCKS = {
+    "tails": dict(
+        case=Shape(3, 20, 7, 9, 3, 3, pad=(1, 1, 1, 1)), K=40, vectors={"center", "scale", "shift"}, relu=True
+    ),
+    "stride_dilation": dict(case=Shape(2, 18, 11, 12, 3, 2, 1, (2, 1), (0, 1, 2, 1), (1, 2)), K=16, relu=True),
+    "few_channels_of_many_taps": dict(case=Shape(2, 3, 11, 9, 5, 4, 1, (1, 2), (2, 2, 2, 1)), K=33, activation="relu"),
 }
 
 
@@ -76,6 +87,70 @@ def test_every_configuration(layout, dtype, C, triton, monkeypatch):
         monkeypatch.setattr(configs, "INTERPRETED", config)
         check_all_maps(case, dtype, layout, "cpu")
     assert max(summed) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_fused_blocks(name, dtype, triton, monkeypatch):
+    """Small tiles, so that there are several of pixels, of x's channels and of y's, and none is whole."""
+    made, block = [], triton_backend._launch()[0].block
+    monkeypatch.setattr(triton_backend._launch()[0], "block", lambda *a: made.append(a) or block(*a))
+    monkeypatch.setattr(configs, "INTERPRETED_BLOCK", configs.BlockConfig(64, 16, 32, 1))
+    drawn = SimpleNamespace(**{**dict(vectors=set(), relu=False, activation=None), **BLOCKS[name]})
+    check_drawn(drawn, dtype, torch.channels_last, "cpu")
+    assert len(made) == (dtype == torch.float32 or drawn.activation is None)  # it puts ELU for ReLU in half types
+
+
+@pytest.mark.parametrize("spread", [0, 1, 1e2])
+@pytest.mark.parametrize(("N", "mean"), [(7, 1), (7, 1e4), (1, 1e4)])
+def test_statistics_of_tiles(N, mean, spread, triton, monkeypatch):
+    """Deviations of about 1 from the means of images, which lie ``spread`` apart; a last tile that is not whole."""
+    monkeypatch.setattr(configs, "INTERPRETED_BLOCK", configs.BlockConfig(64, 16, 16, 1))
+    y = torch.randn(N, 16, 20, 21, dtype=torch.float64) + mean + spread * torch.randn(N, 16, 1, 1, dtype=torch.float64)
+    y = y.float().contiguous(memory_format=torch.channels_last)
+    ones, identity = torch.ones(16, 1, 1, 1), torch.eye(16).view(16, 16, 1, 1)
+    same, *found = xsep.separable_block(y, None, None, None, False, ones, identity)
+    assert torch.equal(same, y)
+    theirs, truth = (list(reversed(torch.var_mean(t, (0, 2, 3), correction=0))) for t in (y, y.double()))
+    for name, mine, yours, ref, factor in zip(("mean", "m2"), found, theirs, truth, (1, N * 20 * 21)):
+        assert_no_worse_than_torch(mine, yours * factor, ref * factor, name)
+
+
+def test_blocks_without_statistics_and_of_nothing(triton):
+    x, w = torch.ones(2, 3, 4, 5).contiguous(memory_format=torch.channels_last), torch.ones(3, 1, 1, 1)
+    w_pw = torch.ones(2, 3, 1, 1)
+    y, mean, m2 = xsep.separable_block(x, None, None, None, False, w, w_pw, statistics=False)
+    assert mean is m2 is None and y.eq(3).all() and y.is_contiguous(memory_format=torch.channels_last)
+    b = BlockProblem(problem(True, sizes=((0, 3, 4, 5), (3, 1, 1, 1), *XCEPTION[2:]), device="cpu"), 2, False, None)
+    y, mean, m2 = triton.block(b, x[:0], w, w_pw, None, True)
+    assert y.numel() == 0 and mean.tolist() == m2.tolist() == [0, 0]
+
+
+def test_why_not_block():
+    half = BlockProblem(problem(True, torch.float16), 256, True, None)
+    single, double = (half._replace(depthwise=half.depthwise._replace(dtype=d)) for d in (torch.float32, torch.float64))
+    for fused in (half, half._replace(activation="relu"), half._replace(K=512, on_load=False), single._replace(K=64)):
+        assert configs.why_not_fused(fused) is None
+    wide = half.depthwise._replace(w=(1456, 1, 3, 3))
+    for other, reason in (
+        (half._replace(K=257), "by the model.* 257 channels of torch.float16"),
+        (half._replace(K=769, on_load=False), "by the model"),
+        (single._replace(K=65), "by the model.* torch.float32"),
+        (double, "float64"),
+        (half._replace(activation="elu"), "no blocks with elu"),
+        (half._replace(depthwise=problem(False, torch.float16)), "channels_last tensors only"),
+        (half._replace(depthwise=wide), "no blocks with a channel multiplier"),
+        (half._replace(depthwise=half.depthwise._replace(x=(2**30, 728, 19, 19))), r"2\^31 programs"),
+    ):
+        assert re.search(reason, configs.why_not_fused(other))
+    assert "gradients" in TRITON.why_not_block(half, backward=True)
+
+
+def test_no_blocks_where_triton_has_no_tensor_cores(triton, monkeypatch):
+    half = BlockProblem(problem(True, torch.float16), 256, True, None)
+    assert triton.why_not_block(half, backward=False) is None
+    monkeypatch.setattr(triton_backend, "_card", lambda index: triton_backend.Card("T4", "sm_75", 40))
+    assert "tensor cores of sm_75" in triton.why_not_block(half, backward=False)
 
 
 def test_gradients(triton):
@@ -209,11 +284,11 @@ def elsewhere(*command, **options):
 
 
 def compiled(*options):
-    """The rows of scripts/triton_aot.py: (target, taps, layout, pass, registers, spilled, shared, load)."""
+    """The rows of scripts/triton_aot.py: (target, problem, layout, pass, registers, spilled, shared, load, matrix)."""
     run = elsewhere(str(ROOT / "scripts" / "triton_aot.py"), *options)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     rows = [line.split() for line in run.stdout.splitlines()[2:-1]]
-    return [(row[0], int(row[1][0]) ** 2, row[3], row[4], *map(int, row[7:11])) for row in rows]
+    return [(*row[:2], *row[3:5], *map(int, row[7:11]), row[12]) for row in rows]
 
 
 # Registers of a thread; AMD's have 512 of them, and LLVM unrolls further there.
@@ -223,18 +298,31 @@ def compiled(*options):
         (("--targets", "sm_75", "sm_80", "sm_90", "sm_100", "sm_120", "--problems", "3x3", "--most", "1"), 168),
         (("--targets", "gfx90a", "gfx942", "--problems", "3x3", "--most", "1"), 256),
         (("--targets", "sm_90", "--problems", "3x3"), 168),
+        (("--targets", "sm_75", "sm_100", "--problems", "3x3_multiplier", "--most", "2"), 256),
         (("--targets", "sm_80", "gfx90a", "--problems", "5x5", "3x3_stride2", "3x3_on_load", "--most", "1"), 512),
     ],
-    ids=["every NVIDIA target", "every AMD target", "every configuration", "every kind"],
+    ids=["every NVIDIA target", "every AMD target", "every configuration", "multiplier", "every kind"],
 )
 def test_compiles_ahead_of_time(options, budget, triton):
     rows = compiled(*options, "--dtypes", "float16")
     assert len(rows) >= 16
-    for target, taps, layout, pass_, registers, spilled, shared, load in rows:
+    for target, problem, layout, pass_, registers, spilled, shared, load, _ in rows:
         assert spilled == 0 and registers <= budget and shared <= 4096, (target, layout, pass_)
-        if layout == "NHWC":  # 728 channels of two bytes are whole vectors
-            widest = 16 if pass_ == "fprop" else 8 if taps <= 9 or pass_ == "dgrad" else 4
+        if layout == "NHWC" and problem != "3x3_multiplier":  # 728 channels of two bytes are whole vectors
+            widest = 16 if pass_ == "fprop" else 8 if problem.startswith("3x3") or pass_ == "dgrad" else 4
             assert load >= (widest if target.startswith("sm_") else widest // 2), (target, pass_)
+
+
+MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+
+
+def test_blocks_compile_to_tensor_cores(triton):
+    problems = ("3x3_block_16", "3x3_block_128", "3x3_block_256")
+    rows = compiled("--targets", *MATRIX, "--problems", *problems, "--dtypes", "float16")
+    assert len(rows) == 12
+    for target, problem, _, pass_, registers, spilled, shared, load, matrix in rows:
+        assert (pass_, spilled, load, matrix) == ("block", 0, 16, MATRIX[target]), (target, problem)
+        assert registers <= 240 and shared <= 20480, (target, problem)
 
 
 TRACED = """

@@ -2,7 +2,7 @@
 
 from . import checkpoints, models, nn
 from ._version import __version__
-from .nn import DepthwiseConv2d, SeparableConv2d, convert
+from .nn import DepthwiseConv2d, SeparableConv2d, convert, fuse
 from .ops import (
     backend,
     depthwise_conv2d,
@@ -11,6 +11,7 @@ from .ops import (
     load_choices,
     save_choices,
     separable_block,
+    separable_block_inference,
     separable_conv2d,
 )
 
@@ -24,10 +25,12 @@ __all__ = [
     "depthwise_conv2d",
     "empty_cache",
     "explain",
+    "fuse",
     "load_choices",
     "models",
     "nn",
     "save_choices",
     "separable_block",
+    "separable_block_inference",
     "separable_conv2d",
 ]

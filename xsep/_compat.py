@@ -89,3 +89,12 @@ disable_autocast = torch._C._DisableAutocast if _has_queries else _disable_autoc
 register_fake = getattr(torch.library, "register_fake", _register_fake)
 register_autograd = getattr(torch.library, "register_autograd", _register_autograd)
 register_flop_formula = getattr(flop_counter, "register_flop_formula", _register_flop_formula)
+
+
+def grad_scaler(device_type: str, enabled: bool) -> Any:
+    """Loss scaling for float16, which old torch has for CUDA only."""
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device_type, enabled=enabled)
+    if enabled and device_type != "cuda":
+        raise ValueError(f"torch {torch.__version__} trains in float16 on CUDA only")
+    return torch.cuda.amp.GradScaler(enabled=enabled)

@@ -39,8 +39,8 @@ template <class A>
 struct Stage {
   const void* src;             // first pixel of the tile
   ptrdiff_t row, pixel, lane;  // strides of src in elements; NHWC or `pixel` 1
-  int rows, cols, lanes;
-  ptrdiff_t ahead;  // from src to what will be staged next, in elements: it is asked for in advance
+  int rows, cols, lanes;       // more than kBlock: several blocks of an NHWC tensor
+  ptrdiff_t ahead;             // from src to what will be staged next, in elements: it is asked for in advance
   Affine<A> affine;
   A* tile;               // its first pixel of this block
   ptrdiff_t tile_pixel;  // its stride
@@ -96,6 +96,31 @@ struct Store {
   void* planes;  // NCHW, if dst is too large to stay in the caches: memory for the tile as it will lie in dst, or null
 };
 
+// c(m, panel) (+)= sum over k of a(m, k) * b[panel][k], lines of kBlock numbers.  a(m, k) is
+// a[m * a_row + k / kBlock * a_block + k % kBlock * a_step].
+template <class A>
+struct Gemm {
+  const A* a;
+  ptrdiff_t a_row, a_block, a_step;
+  const A* b;
+  ptrdiff_t b_panel;
+  A* c;
+  ptrdiff_t c_row, c_panel;
+  int rows, depth, panels;
+  bool add;
+};
+
+// A panel of products becomes clamp(product + bias + residual), rounded to T.  Its mean is mean + correction, of which
+// A need not have the digits; m2 is the sum of the squared deviations from it.
+template <class A>
+struct Finish {
+  A* panel;  // [rows][kBlock]
+  int rows;
+  const A *bias, *residual;  // [kBlock], [rows][kBlock]; or null
+  A low, high;
+  A *mean, *correction, *m2;  // [kBlock]; or null
+};
+
 // Functions for one element type T.  The convolutions exist twice: on an NHWC tensor, and on staged tiles of A.
 template <class A>
 struct Kernels {
@@ -107,6 +132,11 @@ struct Kernels {
   void (*wgrad_staged)(const Wgrad<A>&);
   void (*store_nhwc)(const Store<A>&);
   void (*store_nchw)(const Store<A>&);
+  void (*gemm)(const Gemm<A>&);
+  void (*finish)(const Finish<A>&);
+  void (*add)(const A* from, A* to, ptrdiff_t count);
+  void (*clamp)(A* p, ptrdiff_t count, A low, A high);
+  void (*relu_with_gradient)(A* v, A* dv, int pixels, ptrdiff_t pixel, int lanes);
 };
 
 struct Isa {

@@ -1,67 +1,97 @@
 // Between tensors and staged tiles: NHWC copies pixels, NCHW transposes vectors of pixels into vectors of channels.
 // Part of kernels.cpp, inside its namespace.
 
+// Pixels in advance that memory is asked for: those of a tile lie too far apart for hardware to follow.
+constexpr int kAhead = 4;
+
 template <class T>
 void stage_nhwc(const Stage<acc_t<T>>& s) {
   typedef acc_t<T> A;
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, kLine = 64 / sizeof(T);
+  const int padded = (s.lanes + kBlock<A> - 1) / kBlock<A> * kBlock<A>;
   A* dst = s.tile;
+  const auto put = [&](auto l, A* to, const T* from, int c) __attribute__((always_inline)) {
+    constexpr int n = l.value;
+    vec<A, n> x = load<n>(from);
+    if (s.affine.any) {
+      x = apply<n, A>(s.affine, x, load<n>(s.affine.center + c), load<n>(s.affine.scale + c),
+                      load<n>(s.affine.shift + c));
+    }
+    store<n>(to, x);
+  };
   for (int i = 0; i < s.rows; ++i) {
     const T* src = static_cast<const T*>(s.src) + i * s.row;
     for (int j = 0; j < s.cols; ++j, src += s.pixel, dst += s.tile_pixel) {
       if (s.lane != 1) {
-        for (int c = 0; c < s.lanes; ++c) store<1>(dst + c, load<1>(src + c * s.lane));
+        for (int c = 0; c < s.lanes; ++c) put(constant<1>{}, dst + c, src + c * s.lane, c);
       } else {
-        for_lanes<L>(s.lanes, [&](auto l, int c) { store<l.value>(dst + c, load<l.value>(src + c)); });
-      }
-      if (s.affine.any) {
         for_lanes<L>(s.lanes, [&](auto l, int c) {
-          constexpr int n = l.value;
-          store<n>(dst + c, apply<n, A>(s.affine, load<n>(dst + c), load<n>(s.affine.center + c),
-                                        load<n>(s.affine.scale + c), load<n>(s.affine.shift + c)));
+          if (c % kLine == 0) __builtin_prefetch(src + kAhead * s.pixel + c, 0, 3);
+          put(l, dst + c, src + c, c);
         });
       }
-      for (int c = s.lanes; c < kBlock<A>; ++c) dst[c] = 0;
+      for (int c = s.lanes; c < padded; ++c) dst[c] = 0;
     }
   }
 }
 
 // A row of du becomes dx, and is summed in registers before it joins the sums of the rows above: short sums are exact.
-template <int L, class T>
+// kVectors vectors of channels at a time.
+template <int L, int kVectors, class T>
 inline void store_affine_row(const Store<acc_t<T>>& s, const acc_t<T>* src, T* dst, const T* x, int c) {
   typedef acc_t<T> A;
   const AffineGrad<A>& g = s.grad;
-  const vec<A, L> center = load<L>(g.affine.center + c), scale = load<L>(g.affine.scale + c);
-  const vec<A, L> shift = load<L>(g.affine.shift + c);
-  vec<A, L> dscale = {}, dshift = {};
-  for (int j = 0; j < s.cols; ++j) {
-    const vec<A, L> value = load<L>(x + j * g.x_pixel + c);
-    const vec<A, L> du = masked<L, A>(g.affine, load<L>(src + j * s.tile_pixel + c), value, center, scale, shift);
-    store<L>(dst + j * s.pixel + c, du * scale);
-    dscale += du * (value - center);
-    dshift += du;
+  vec<A, L> center[kVectors], scale[kVectors], shift[kVectors], dscale[kVectors] = {}, dshift[kVectors] = {};
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    center[v] = load<L>(g.affine.center + c + v * L), scale[v] = load<L>(g.affine.scale + c + v * L);
+    shift[v] = load<L>(g.affine.shift + c + v * L);
   }
-  if (g.dscale) store<L>(g.dscale + c, load<L>(g.dscale + c) + dscale);
-  if (g.dshift) store<L>(g.dshift + c, load<L>(g.dshift + c) + dshift);
+  for (int j = 0; j < s.cols; ++j) {
+    __builtin_prefetch(x + (j + kAhead) * g.x_pixel + c, 0, 3);
+    __builtin_prefetch(dst + (j + kAhead) * s.pixel + c, 1, 3);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = c + v * L;
+      const vec<A, L> value = load<L>(x + j * g.x_pixel + at);
+      const vec<A, L> du =
+          masked<L, A>(g.affine, load<L>(src + j * s.tile_pixel + at), value, center[v], scale[v], shift[v]);
+      store<L>(dst + j * s.pixel + at, du * scale[v]);
+      dscale[v] += du * (value - center[v]);
+      dshift[v] += du;
+    }
+  }
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const int at = c + v * L;
+    if (g.dscale) store<L>(g.dscale + at, load<L>(g.dscale + at) + dscale[v]);
+    if (g.dshift) store<L>(g.dshift + at, load<L>(g.dshift + at) + dshift[v]);
+  }
 }
 
 template <class T>
 void store_nhwc(const Store<acc_t<T>>& s) {
   typedef acc_t<T> A;
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, B = kBlock<A>, kLine = 64 / sizeof(T);
   for (int i = 0; i < s.rows; ++i) {
     const A* src = s.tile + i * s.cols * s.tile_pixel;
     T* dst = static_cast<T*>(s.dst) + i * s.row;
     if (s.grad.affine.any) {
       const T* x = static_cast<const T*>(s.grad.x) + i * s.grad.x_row;
-      for_lanes<L>(s.lanes, [&](auto l, int c) { store_affine_row<l.value, T>(s, src, dst, x, c); });
+      if (s.lanes == B)
+        store_affine_row<L, B / L, T>(s, src, dst, x, 0);
+      else
+        for_lanes<L>(s.lanes, [&](auto l, int c) { store_affine_row<l.value, 1, T>(s, src, dst, x, c); });
       continue;
     }
     for (int j = 0; j < s.cols; ++j, src += s.tile_pixel, dst += s.pixel) {
       if (s.lane != 1) {
         for (int c = 0; c < s.lanes; ++c) store<1>(dst + c * s.lane, load<1>(src + c));
       } else {
-        for_lanes<L>(s.lanes, [&](auto l, int c) { store<l.value>(dst + c, load<l.value>(src + c)); });
+        for_lanes<L>(s.lanes, [&](auto l, int c) {
+          if (c % kLine == 0) __builtin_prefetch(dst + 2 * kAhead * s.pixel + c, 1, 3);
+          store<l.value>(dst + c, load<l.value>(src + c));
+        });
       }
     }
   }

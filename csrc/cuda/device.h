@@ -94,6 +94,21 @@ __device__ __forceinline__ void copies_done() {
 #endif
 }
 
+// For copies that overlap: what a thread asked for since its last group is a group, which may be empty;
+// copies_done_but<n>() waits for all but the newest n of them.
+__device__ __forceinline__ void copies_group() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int kNewest>
+__device__ __forceinline__ void copies_done_but() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+#endif
+}
+
 __device__ __forceinline__ float widen(float value) { return value; }
 __device__ __forceinline__ double widen(double value) { return value; }
 __device__ __forceinline__ float widen(half_t value) { return __half2float(__ushort_as_half(value.bits)); }

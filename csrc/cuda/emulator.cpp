@@ -62,6 +62,7 @@ struct Thread {
   int source;
   uint64_t value, result;
   std::vector<Copy> copies;
+  std::vector<size_t> groups;  // the number of copies up to the end of each
 };
 
 struct Cancelled {};  // unwinds the stacks of the threads that wait when another one failed
@@ -280,8 +281,21 @@ class Machine {
   }
 
   void copies_done() {
-    for (const Copy& copy : threads_[current_].copies) std::memcpy(copy.to, copy.data, copy.bytes);
-    threads_[current_].copies.clear();
+    copies_group();
+    copies_done_but(0);
+  }
+
+  void copies_group() { threads_[current_].groups.push_back(threads_[current_].copies.size()); }
+
+  void copies_done_but(size_t newest) {
+    std::vector<Copy>& copies = threads_[current_].copies;
+    std::vector<size_t>& groups = threads_[current_].groups;
+    if (groups.size() <= newest) return;
+    const size_t done = groups[groups.size() - newest - 1];
+    for (size_t i = 0; i < done; ++i) std::memcpy(copies[i].to, copies[i].data, copies[i].bytes);
+    copies.erase(copies.begin(), copies.begin() + done);
+    groups.erase(groups.begin(), groups.end() - newest);
+    for (size_t& end : groups) end -= done;
   }
 
  private:
@@ -397,6 +411,7 @@ class Machine {
   void run_thread(int t) {
     become(t);
     threads_[t].copies.clear();
+    threads_[t].groups.clear();
     try {
       config_.body(config_.arguments);
     } catch (const Cancelled&) {
@@ -521,6 +536,8 @@ void copy_async(void* shared, const void* global, int bytes, const Site& site) {
   machine().copy_async(shared, global, bytes, site);
 }
 void copies_done() { machine().copies_done(); }
+void copies_group() { machine().copies_group(); }
+void copies_done_but(int newest) { machine().copies_done_but(newest); }
 void tma_init(uint64_t* barrier, const Site& site) { machine().tma_init(barrier, site); }
 void tma_load(void* shared, const Box& box, uint64_t* barrier, int bytes, const Site& site) {
   machine().tma_load(shared, box, barrier, bytes, site);

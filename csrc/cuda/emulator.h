@@ -154,6 +154,8 @@ void check_global(const void* p, int bytes, Direction direction, const Site& sit
 void barrier(const Site& site);
 void copy_async(void* shared, const void* global, int bytes, const Site& site);
 void copies_done();
+void copies_group();
+void copies_done_but(int newest);
 void tma_init(uint64_t* barrier, const Site& site);
 void tma_load(void* shared, const Box& box, uint64_t* barrier, int bytes, const Site& site);
 void tma_wait(uint64_t* barrier, int parity, const Site& site);
@@ -266,6 +268,11 @@ void copy_async(void* shared, const void* global, const emulator::Site& site = e
 }
 
 inline void copies_done() { emulator::copies_done(); }
+inline void copies_group() { emulator::copies_group(); }
+template <int kNewest>
+void copies_done_but() {
+  emulator::copies_done_but(kNewest);
+}
 
 template <class T>
 accumulate_t<T> widen(T value) {

@@ -3,6 +3,8 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "bind.h"
 #include "call.h"
 #include "cuda_calls.h"
@@ -13,25 +15,32 @@ namespace xsep {
 
 namespace {
 
+void check_card(int card) {
+  if (card < 0 || card >= static_cast<int>(cuda::cards().size())) {
+    throw std::invalid_argument("there is no CUDA device " + std::to_string(card));
+  }
+}
+
+// `allocate` takes a number of bytes and returns the address of so many, which stay until the call returns.
+void* workspace(int64_t bytes, const py::function& allocate) {
+  if (bytes == 0) return nullptr;
+  const uintptr_t address = allocate(bytes).cast<uintptr_t>();
+  if (address % 64 != 0) throw std::invalid_argument("workspace must be aligned to 64 bytes");
+  return reinterpret_cast<void*>(address);
+}
+
 class CudaCall : PreparedCall {
  public:
   CudaCall(int pass, const ConvShape& shape, int dtype, bool nhwc, bool on_load, bool relu, int card,
            std::string family)
       : PreparedCall(pass, shape, dtype, nhwc, on_load, relu), card_(card), family_(std::move(family)) {
-    if (card < 0 || card >= static_cast<int>(cuda::cards().size())) {
-      throw std::invalid_argument("there is no CUDA device " + std::to_string(card));
-    }
+    check_card(card);
   }
 
-  // `allocate` takes a number of bytes and returns the address of so many, which stay until the call returns.
   void operator()(const py::tuple& tensors, uintptr_t stream, const py::function& allocate) const {
     DepthwiseArgs call = with(tensors);
     const cuda::Kernel& kernel = cuda::select(call, card_, family_);
-    const int64_t bytes = cuda::workspace_bytes(kernel, call, card_);
-    if (bytes > 0) call.workspace = reinterpret_cast<void*>(allocate(bytes).cast<uintptr_t>());
-    if (reinterpret_cast<uintptr_t>(call.workspace) % 64 != 0) {
-      throw std::invalid_argument("workspace must be aligned to 64 bytes");
-    }
+    call.workspace = workspace(cuda::workspace_bytes(kernel, call, card_), allocate);
     py::gil_scoped_release unlocked;
     cuda::run(kernel, call, card_, stream);
   }
@@ -50,6 +59,62 @@ class CudaCall : PreparedCall {
  private:
   int card_;
   std::string family_;
+};
+
+// A training block's forward pass, prepared once.
+class CudaSeparableCall {
+ public:
+  CudaSeparableCall(const ConvShape& shape, int K, int dtype, bool nhwc, int activation, bool on_load, bool relu,
+                    int card, std::string family)
+      : card_(card), family_(std::move(family)), on_load_(on_load) {
+    check(shape);
+    if (K < 1) throw std::invalid_argument("K must be at least 1; got " + std::to_string(K));
+    if (activation < 0 || activation > 1) {
+      throw std::invalid_argument("activation must be 0 (none) or 1 (ReLU); got " + std::to_string(activation));
+    }
+    check_card(card);
+    args_.shape = shape, args_.K = K, args_.nhwc = nhwc;
+    args_.dtype = static_cast<Dtype>(dtype);
+    with_dtype(args_.dtype, [](auto) {});
+    args_.activation = static_cast<cuda::Activation>(activation);
+    args_.on_load.relu = relu;
+  }
+
+  void operator()(const py::tuple& tensors, uintptr_t stream, const py::function& allocate) const {
+    cuda::SeparableArgs call = with(tensors);
+    const cuda::SeparableKernel& kernel = cuda::select(call, card_, family_);
+    call.workspace = workspace(cuda::workspace_bytes(kernel, call, card_), allocate);
+    py::gil_scoped_release unlocked;
+    cuda::run(kernel, call, card_, stream);
+  }
+
+  std::vector<std::pair<std::string, std::string>> why_not(const py::tuple& tensors) const {
+    return cuda::why_not(with(tensors), card_);
+  }
+
+ private:
+  // With (x, its strides, w_dw, w_pw, center, scale, shift, y, mean, m2).
+  cuda::SeparableArgs with(const py::tuple& tensors) const {
+    if (tensors.size() != 10) throw std::invalid_argument("a call takes 10 entries");
+    const auto pointer = [&](int i) { return reinterpret_cast<void*>(tensors[i].cast<uintptr_t>()); };
+    const auto strides = tensors[1].cast<std::array<int64_t, 4>>();
+    cuda::SeparableArgs call = args_;
+    call.x = {pointer(0), strides[0], strides[1], strides[2], strides[3]};
+    call.w_dw = pointer(2), call.w_pw = pointer(3);
+    call.on_load.center = pointer(4), call.on_load.scale = pointer(5), call.on_load.shift = pointer(6);
+    call.y = pointer(7);
+    call.mean = static_cast<float*>(pointer(8)), call.m2 = static_cast<float*>(pointer(9));
+    if (on_load_ && !(call.on_load.center && call.on_load.scale && call.on_load.shift)) {
+      throw std::invalid_argument("center, scale and shift go together");
+    }
+    if (!call.mean != !call.m2) throw std::invalid_argument("mean and m2 go together");
+    return call;
+  }
+
+  cuda::SeparableArgs args_{};
+  int card_;
+  std::string family_;
+  bool on_load_;  // there are vectors
 };
 
 }  // namespace
@@ -85,6 +150,22 @@ void bind_cuda(py::module_& m) {
       .def("family", &CudaCall::family, py::arg("tensors"), "The name of the family that would run.")
       .def("why_not", &CudaCall::why_not, py::arg("tensors"), "Each family, and why it would not run.")
       .def("workspace_bytes", &CudaCall::workspace_bytes, py::arg("tensors"));
+
+  m.def(
+      "cuda_separable_families", [](int dtype) { return cuda::separable_families(static_cast<Dtype>(dtype)); },
+      py::arg("dtype"), "Names of the kernel families of training blocks, in order of preference.");
+  m.def(
+      "cuda_set_separable_enabled",
+      [](int dtype, const std::string& family, bool enabled) {
+        cuda::set_separable_enabled(static_cast<Dtype>(dtype), family, enabled);
+      },
+      py::arg("dtype"), py::arg("family"), py::arg("enabled"));
+  py::class_<CudaSeparableCall>(m, "CudaSeparableCall", py::module_local())
+      .def(py::init<const ConvShape&, int, int, bool, int, bool, bool, int, std::string>(), py::arg("shape"),
+           py::arg("K"), py::arg("dtype"), py::arg("nhwc"), py::arg("activation"), py::arg("on_load"), py::arg("relu"),
+           py::arg("card"), py::arg("family"))
+      .def("__call__", &CudaSeparableCall::operator(), py::arg("tensors"), py::arg("stream"), py::arg("allocate"))
+      .def("why_not", &CudaSeparableCall::why_not, py::arg("tensors"), "Each family, and why it would not run.");
 }
 
 }  // namespace xsep

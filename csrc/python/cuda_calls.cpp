@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../cuda/depthwise.h"
+#include "../cuda/separable_kernels.h"
 
 namespace xsep::cuda {
 
@@ -17,21 +18,31 @@ void require(cudaError_t error, const std::string& what) {
   }
 }
 
-std::string text(const DepthwiseArgs& args) {
-  const char* passes[] = {"fprop", "dgrad", "wgrad", "dgrad_wgrad"};
+std::string text(const std::string& pass, const ConvShape& s, Dtype dtype, bool nhwc) {
   const char* dtypes[] = {"float32", "float64", "float16", "bfloat16"};
-  const ConvShape& s = args.shape;
   const auto list = [](std::initializer_list<int> values, const char* between) {
     std::string joined;
     for (const int value : values) joined += (joined.empty() ? "" : between) + std::to_string(value);
     return joined;
   };
-  return std::string(passes[static_cast<int>(args.pass)]) + ", " + dtypes[static_cast<int>(args.dtype)] +
-         (args.nhwc ? " NHWC" : " NCHW") + ", x " + list({s.N, s.C, s.H, s.W}, "x") + ", w " +
-         list({s.K(), 1, s.R, s.S}, "x") + ", stride " + list({s.stride_h, s.stride_w}, ", ") + ", pad " +
+  return pass + ", " + dtypes[static_cast<int>(dtype)] + (nhwc ? " NHWC" : " NCHW") + ", x " +
+         list({s.N, s.C, s.H, s.W}, "x") + ", w " + list({s.K(), 1, s.R, s.S}, "x") + ", stride " +
+         list({s.stride_h, s.stride_w}, ", ") + ", pad " +
          list({s.pad_top, s.pad_bottom, s.pad_left, s.pad_right}, ", ") + ", dilation " +
          list({s.dilation_h, s.dilation_w}, ", ");
 }
+
+std::string text(const DepthwiseArgs& args) {
+  const char* passes[] = {"fprop", "dgrad", "wgrad", "dgrad_wgrad"};
+  return text(passes[static_cast<int>(args.pass)], args.shape, args.dtype, args.nhwc);
+}
+
+std::string text(const SeparableArgs& args) {
+  return text("block with " + std::to_string(args.K) + " channels", args.shape, args.dtype, args.nhwc);
+}
+
+const std::vector<Kernel>& table(const DepthwiseArgs& args) { return kernels(args.dtype); }
+const std::vector<SeparableKernel>& table(const SeparableArgs& args) { return separable_kernels(args.dtype); }
 
 #if defined(XSEP_EMULATE_CUDA)
 
@@ -94,6 +105,53 @@ Device device(int card) {
   return {found.arch, found.multiprocessors, found.shared_bytes};
 }
 
+template <class Family>
+std::vector<std::string> names(const std::vector<Family>& table) {
+  std::vector<std::string> found;
+  for (const Family& kernel : table) found.push_back(kernel.name);
+  return found;
+}
+
+template <class Args>
+std::vector<std::pair<std::string, std::string>> reasons(const Args& args, int card) {
+  const auto* const chosen = choose(args, device(card));
+  bool after = false;
+  std::vector<std::pair<std::string, std::string>> found;
+  for (const auto& kernel : table(args)) {
+    std::string reason = kernel.why_not(args, device(card));
+    if (&kernel == chosen) {
+      after = true;
+    } else if (reason.empty()) {
+      reason = after ? std::string("comes after ") + chosen->name : "is switched off";
+    }
+    found.emplace_back(kernel.name, reason);
+  }
+  return found;
+}
+
+template <class Args>
+const auto& selected(const Args& args, int card, const std::string& family) {
+  if (family.empty()) {
+    const auto* const chosen = choose(args, device(card));
+    if (chosen == nullptr) throw std::runtime_error("no CUDA kernel takes " + text(args));
+    return *chosen;
+  }
+  for (const auto& kernel : table(args)) {
+    if (family != kernel.name) continue;
+    const std::string reason = kernel.why_not(args, device(card));
+    if (!reason.empty()) throw std::domain_error(family + " does not take " + text(args) + ": " + reason);
+    return kernel;
+  }
+  throw std::domain_error("there is no kernel family '" + family + "' for " + text(args));
+}
+
+template <class Family, class Args>
+void start(const Family& kernel, const Args& args, int card, uintptr_t stream) {
+  const CardGuard guard(card);
+  const cudaError_t error = kernel.run(args, device(card), reinterpret_cast<cudaStream_t>(stream));
+  if (error != cudaSuccess) require(error, std::string(kernel.name) + " failed in " + text(args));
+}
+
 }  // namespace
 
 const std::vector<Card>& cards() {
@@ -125,11 +183,7 @@ std::string why_no_code(int card) {
 
 #endif
 
-std::vector<std::string> families(Dtype dtype) {
-  std::vector<std::string> names;
-  for (const Kernel& kernel : kernels(dtype)) names.push_back(kernel.name);
-  return names;
-}
+std::vector<std::string> families(Dtype dtype) { return names(kernels(dtype)); }
 
 std::vector<std::string> families_off_at_first(Dtype dtype) {
   std::vector<std::string> names;
@@ -140,34 +194,11 @@ std::vector<std::string> families_off_at_first(Dtype dtype) {
 }
 
 std::vector<std::pair<std::string, std::string>> why_not(const DepthwiseArgs& args, int card) {
-  const Kernel* chosen = choose(args, device(card));
-  bool after = false;
-  std::vector<std::pair<std::string, std::string>> reasons;
-  for (const Kernel& kernel : kernels(args.dtype)) {
-    std::string reason = kernel.why_not(args, device(card));
-    if (&kernel == chosen) {
-      after = true;
-    } else if (reason.empty()) {
-      reason = after ? std::string("comes after ") + chosen->name : "is switched off";
-    }
-    reasons.emplace_back(kernel.name, reason);
-  }
-  return reasons;
+  return reasons(args, card);
 }
 
 const Kernel& select(const DepthwiseArgs& args, int card, const std::string& family) {
-  if (family.empty()) {
-    const Kernel* chosen = choose(args, device(card));
-    if (chosen == nullptr) throw std::runtime_error("no CUDA kernel takes " + text(args));
-    return *chosen;
-  }
-  for (const Kernel& kernel : kernels(args.dtype)) {
-    if (family != kernel.name) continue;
-    const std::string reason = kernel.why_not(args, device(card));
-    if (!reason.empty()) throw std::domain_error(family + " does not take " + text(args) + ": " + reason);
-    return kernel;
-  }
-  throw std::domain_error("there is no kernel family '" + family + "' for " + text(args));
+  return selected(args, card, family);
 }
 
 std::string name(const Kernel& kernel) { return kernel.name; }
@@ -177,9 +208,27 @@ int64_t workspace_bytes(const Kernel& kernel, const DepthwiseArgs& args, int car
 }
 
 void run(const Kernel& kernel, const DepthwiseArgs& args, int card, uintptr_t stream) {
-  const CardGuard guard(card);
-  const cudaError_t error = kernel.run(args, device(card), reinterpret_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) require(error, std::string(kernel.name) + " failed in " + text(args));
+  start(kernel, args, card, stream);
+}
+
+std::vector<std::string> separable_families(Dtype dtype) { return names(separable_kernels(dtype)); }
+
+std::vector<std::pair<std::string, std::string>> why_not(const SeparableArgs& args, int card) {
+  return reasons(args, card);
+}
+
+const SeparableKernel& select(const SeparableArgs& args, int card, const std::string& family) {
+  return selected(args, card, family);
+}
+
+std::string name(const SeparableKernel& kernel) { return kernel.name; }
+
+int64_t workspace_bytes(const SeparableKernel& kernel, const SeparableArgs& args, int card) {
+  return kernel.workspace_bytes(args, device(card));
+}
+
+void run(const SeparableKernel& kernel, const SeparableArgs& args, int card, uintptr_t stream) {
+  start(kernel, args, card, stream);
 }
 
 }  // namespace xsep::cuda

@@ -7,11 +7,13 @@
 #include <utility>
 #include <vector>
 
+#include "../cuda/separable.h"
 #include "../depthwise.h"
 
 namespace xsep::cuda {
 
 struct Kernel;
+struct SeparableKernel;
 
 struct Card {
   std::string name;
@@ -45,5 +47,14 @@ int64_t workspace_bytes(const Kernel& kernel, const DepthwiseArgs& args, int car
 
 // Starts the kernel on a stream of the card.  Throws std::runtime_error naming kernel and problem.
 void run(const Kernel& kernel, const DepthwiseArgs& args, int card, uintptr_t stream);
+
+// The same of the training block's kernels.
+std::vector<std::string> separable_families(Dtype dtype);
+void set_separable_enabled(Dtype dtype, const std::string& name, bool enabled);
+std::vector<std::pair<std::string, std::string>> why_not(const SeparableArgs& args, int card);
+const SeparableKernel& select(const SeparableArgs& args, int card, const std::string& family);
+std::string name(const SeparableKernel& kernel);
+int64_t workspace_bytes(const SeparableKernel& kernel, const SeparableArgs& args, int card);
+void run(const SeparableKernel& kernel, const SeparableArgs& args, int card, uintptr_t stream);
 
 }  // namespace xsep::cuda

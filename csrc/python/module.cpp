@@ -12,6 +12,7 @@
 #include "bind.h"
 #include "call.h"
 #include "dlpack.h"
+#include "separable_call.h"
 
 namespace py = pybind11;
 using namespace xsep;
@@ -90,6 +91,14 @@ PYBIND11_MODULE(XSEP_MODULE, m) {
            py::arg("dtype"), py::arg("nhwc"), py::arg("on_load"), py::arg("relu"), py::arg("threads"))
       .def_readonly("workspace_bytes", &DepthwiseCall::workspace_bytes)
       .def("__call__", &DepthwiseCall::operator(), py::arg("tensors"), py::arg("workspace"));
+
+  py::class_<SeparableCall>(m, "SeparableCall", py::module_local())
+      .def(py::init<bool, const ConvShape&, int, int, bool, bool, bool, std::array<double, 2>, std::array<double, 2>,
+                    bool, int>(),
+           py::arg("backward"), py::arg("shape"), py::arg("K"), py::arg("dtype"), py::arg("nhwc"), py::arg("on_load"),
+           py::arg("relu"), py::arg("between"), py::arg("after"), py::arg("statistics"), py::arg("threads"))
+      .def_readonly("workspace_bytes", &SeparableCall::workspace_bytes)
+      .def("__call__", &SeparableCall::operator(), py::arg("tensors"), py::arg("workspace"));
 
   m.def(
       "isas",

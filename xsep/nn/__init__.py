@@ -1,7 +1,8 @@
-"""Layers over ``xsep.ops``, and ``convert``, which puts them into an existing model."""
+"""Layers over ``xsep.ops``, and ``convert`` and ``fuse``, which put them into an existing model."""
 
 from .block import FusedSequential
 from .convert import convert
+from .fuse import fuse
 from .layers import DepthwiseConv2d, SeparableConv2d
 
-__all__ = ["DepthwiseConv2d", "FusedSequential", "SeparableConv2d", "convert"]
+__all__ = ["DepthwiseConv2d", "FusedSequential", "SeparableConv2d", "convert", "fuse"]

@@ -78,10 +78,10 @@ def _steps(layers: list[nn.Module]) -> list[nn.Module | _Fused]:
     while position < len(layers):
         end = position
         norm: Any = (
-            layers[end] if steps and isinstance(steps[-1], _Fused) and _is(layers[end], nn.BatchNorm2d) else None
+            layers[end] if steps and isinstance(steps[-1], _Fused) and is_exactly(layers[end], nn.BatchNorm2d) else None
         )
         end += norm is not None
-        relu = end < len(layers) and _is(layers[end], nn.ReLU)
+        relu = end < len(layers) and is_exactly(layers[end], nn.ReLU)
         end += relu
         separable = _separable(layers[end]) if end < len(layers) else None
         steps.append(layers[position] if separable is None else _Fused(norm, relu, *separable))
@@ -91,22 +91,22 @@ def _steps(layers: list[nn.Module]) -> list[nn.Module | _Fused]:
 
 def _separable(layer: nn.Module) -> tuple[DepthwiseConv2d, Activation, nn.Conv2d] | None:
     children: list[Any] = list(layer.children())
-    if not (_is(layer, nn.Sequential) or _is(layer, SeparableConv2d)) or len(children) != 3:
+    if not (is_exactly(layer, nn.Sequential) or is_exactly(layer, SeparableConv2d)) or len(children) != 3:
         return None
     depthwise, activation, pointwise = children
     fits = (
-        _is(depthwise, DepthwiseConv2d)
+        is_exactly(depthwise, DepthwiseConv2d)
         and (depthwise.bias, depthwise.padding_mode) == (None, "zeros")
-        and any(_is(activation, kind) for kind in _ACTIVATIONS)
+        and any(is_exactly(activation, kind) for kind in _ACTIVATIONS)
         and getattr(activation, "alpha", 1) == 1
-        and _is(pointwise, nn.Conv2d)
+        and is_exactly(pointwise, nn.Conv2d)
         and (pointwise.bias, pointwise.kernel_size, pointwise.groups) == (None, (1, 1), 1)
         and (pointwise.stride, pointwise.padding) == ((1, 1), (0, 0))
     )
     return (depthwise, _ACTIVATIONS[type(activation)], pointwise) if fits else None
 
 
-def _is(module: nn.Module, kind: type) -> bool:
+def is_exactly(module: nn.Module, kind: type) -> bool:
     """Whether a module is just that: what a subclass, a hook or another ``forward`` does is not known here."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return type(module) is kind and not hooks and "forward" not in vars(module)

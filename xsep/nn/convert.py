@@ -44,14 +44,14 @@ def convert(model: Model, *, report: Callable[[str], None] | None = print) -> Mo
         if reason is not None:
             left.setdefault(reason, []).append(name)
             continue
-        if _full_name(module) in _TF_SAME:
+        if full_name(module) in _TF_SAME:
             module.padding = "tf_same"
         module.__class__ = DepthwiseConv2d
         replaced.append(name)
     if report is not None:
-        report(f"xsep: replaced {_listed(replaced, 'depthwise')}")
+        report(f"xsep: replaced {listed(replaced, 'convolution', 'depthwise')}")
         for reason, names in left.items():
-            report(f"xsep: left {_listed(names, reason)}")
+            report(f"xsep: left {listed(names, 'convolution', reason)}")
     return model
 
 
@@ -65,8 +65,8 @@ def _why_not(conv: nn.Module) -> str | None:
         return "DepthwiseConv2d already"
     if conv.groups == 1:
         return "groups=1"
-    if type(conv) is not nn.Conv2d and _full_name(conv) not in _TF_SAME:
-        return f"{_full_name(conv)} may compute something else than nn.Conv2d"
+    if type(conv) is not nn.Conv2d and full_name(conv) not in _TF_SAME:
+        return f"{full_name(conv)} may compute something else than nn.Conv2d"
     if conv.groups != conv.in_channels:
         return f"groups={conv.groups} of {conv.in_channels} channels"
     if "forward" in vars(conv) or "_conv_forward" in vars(conv):
@@ -74,14 +74,15 @@ def _why_not(conv: nn.Module) -> str | None:
     return None
 
 
-def _full_name(module: nn.Module) -> str:
+def full_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _listed(names: list[str], what: str) -> str:
+def listed(names: list[str], noun: str, what: str = "") -> str:
+    """``2 convolutions, what: first, second``; no more than a few names."""
     if not names:
-        return "no convolution"
+        return f"no {noun}"
     shown = [name or "the model itself" for name in names[:_NAMES_SHOWN]]
     if len(names) > len(shown):
         shown.append(f"{len(names) - len(shown)} more")
-    return f"{len(names)} convolution{'s' * (len(names) > 1)}, {what}: {', '.join(shown)}"
+    return f"{len(names)} {noun}{'s' * (len(names) > 1)}{', ' * bool(what)}{what}: {', '.join(shown)}"

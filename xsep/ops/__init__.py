@@ -2,7 +2,7 @@
 
 from .backends import backend, load_choices, save_choices
 from .cpu import empty_cache
-from .functional import depthwise_conv2d, explain, separable_block, separable_conv2d
+from .functional import depthwise_conv2d, explain, separable_block, separable_block_inference, separable_conv2d
 
 __all__ = [
     "backend",
@@ -12,5 +12,6 @@ __all__ = [
     "load_choices",
     "save_choices",
     "separable_block",
+    "separable_block_inference",
     "separable_conv2d",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import aten, cpu, cuda, triton, tuning
-from .problem import Problem, check_sizes
+from .problem import BlockProblem, Problem, check_sizes
 
 NAMES = ("cpu", "cuda", "cuda-emulated", "triton", "aten")
 
@@ -38,6 +38,19 @@ class Backend(Protocol):
     def wgrad(self, p: Problem, dy: Tensor, x: Tensor) -> Tensor: ...
     def dgrad_wgrad(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]: ...
     def dgrad_wgrad_on_load(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor, on_load) -> tuple[Tensor, ...]: ...
+
+
+class FusedBackend(Backend, Protocol):
+    """A backend that makes some training blocks (``block.py``) in one go: u and z are not stored.
+
+    ``block`` makes (y, mean, m2), the last two empty without ``statistics``.  ``block_backward`` makes
+    (dx, dw_dw, dw_pw, dscale, dshift), the last two None without ``on_load``.  Of dy, dmean and dm2 some may be None; y
+    and mean are None where no statistics were made.
+    """
+
+    def why_not_block(self, b: BlockProblem, backward: bool) -> str | None: ...
+    def block(self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load, statistics: bool): ...
+    def block_backward(self, b: BlockProblem, dy, dmean, dm2, y, mean, x: Tensor, w_dw, w_pw, on_load): ...
 
 
 BACKENDS: dict[str, Any] = {  # a module stands in for a Backend
@@ -81,6 +94,12 @@ def choose(problem: Problem) -> Backend:
     """The backend that runs ``problem``.  Raises ``ValueError`` for sizes that do not fit together."""
     chosen = _choose(problem, _forced)
     return TIMED if _forced is None and tuning.wanted(problem) else chosen
+
+
+def why_not_block(b: BlockProblem, chosen: Backend, backward: bool) -> str | None:
+    """Why the backend that was chosen for the depthwise maps composes a block of them, or None: it has a kernel."""
+    ask = getattr(chosen, "why_not_block", None)
+    return ask(b, backward) if ask else "it has no kernels for blocks"
 
 
 @lru_cache(maxsize=4096)

@@ -8,8 +8,8 @@
 x is (N, C, H, W), w_dw (C*M, 1, R, S), w_pw (K, C*M, 1, 1), y (N, K, P, Q).  The vectors are of float32, or of float64
 with x.  Of all this backward keeps x, y, the weights and the vectors; it makes u and z again.
 
-Both passes are composed of a backend's depthwise maps and torch's pointwise convolution: z is stored while a pass runs,
-u only by the ``aten`` backend.
+A backend may have kernels for a pass (``backends.FusedBackend``).  Otherwise it is composed of the backend's depthwise
+maps and torch's pointwise convolution: z is stored while a pass runs, u only by the ``aten`` backend.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from .._compat import disable_autocast, register_autograd, register_fake, register_flop_formula
 from . import aten, backends
 from .library import GEOMETRY, flops, implement, lib, ops, problem_of, register_autocast
-from .problem import check_same, check_sizes, is_nhwc, memory_format, output_sizes
+from .problem import BlockProblem, check_same, check_sizes, is_nhwc, memory_format, output_sizes
 
 _PART_ELEMENTS = 1 << 22  # of y that are widened to the vectors' dtype at a time
 
@@ -61,7 +61,12 @@ def compose(x, w_dw, w_pw, center, scale, shift, relu, activation, stride, pad, 
 def _block(x, w_dw, w_pw, center, scale, shift, relu, activation, stride, pad, dilation, statistics):
     _check(x, w_dw, w_pw, center, scale, shift, stride, pad, dilation)
     p = problem_of(x, is_nhwc(x), x.shape, w_dw.shape, stride, pad, dilation)
-    z = backends.choose(p).fprop(p, x, w_dw, None, _on_load(x, center, scale, shift, relu))
+    chosen: Any = backends.choose(p)
+    on_load = _on_load(x, center, scale, shift, relu)
+    b = BlockProblem(p, w_pw.shape[0], on_load is not None, activation)
+    if backends.why_not_block(b, chosen, backward=False) is None:
+        return chosen.block(b, x, w_dw, w_pw, on_load, statistics)
+    z = chosen.fprop(p, x, w_dw, None, on_load)
     y = F.conv2d(_activated(z, activation), _pointwise(w_pw)).contiguous(memory_format=p.memory_format)
     return (y, *(_statistics(y) if statistics else (_no_vector(x), _no_vector(x))))
 
@@ -70,7 +75,12 @@ def _block_backward(
     dy, dmean, dm2, y, mean, x, w_dw, w_pw, center, scale, shift, relu, activation, stride, pad, dilation
 ):
     p = problem_of(x, is_nhwc(x), x.shape, w_dw.shape, stride, pad, dilation)
-    chosen, on_load = backends.choose(p), _on_load(x, center, scale, shift, relu)
+    chosen: Any = backends.choose(p)
+    on_load = _on_load(x, center, scale, shift, relu)
+    b = BlockProblem(p, w_pw.shape[0], on_load is not None, activation)
+    if backends.why_not_block(b, chosen, backward=True) is None:
+        dx, dw_dw, dw_pw, dscale, dshift = chosen.block_backward(b, dy, dmean, dm2, y, mean, x, w_dw, w_pw, on_load)
+        return dx, dw_dw, dw_pw, *_vector_gradients(x, on_load, dscale, dshift)
     if dmean is not None or dm2 is not None:
         dy = _through_statistics(dy, dmean, dm2, y, mean)
     dy = dy.contiguous(memory_format=p.memory_format)
@@ -91,13 +101,19 @@ def _block_backward(
     del dy
     dv = _activation_backward(dz, v, activation).contiguous(memory_format=p.memory_format)
     del dz, v
+    dscale = dshift = None
     if on_load is None:
-        vectors: tuple[Tensor, ...] = tuple(_no_vector(x) for _ in range(3))
         dx, dw_dw = chosen.dgrad_wgrad(p, dv, x, w_dw)
     else:
         dx, dw_dw, dscale, dshift = chosen.dgrad_wgrad_on_load(p, dv, x, w_dw, on_load)
-        vectors = -on_load[1] * dshift, dscale, dshift
-    return (dx, dw_dw, dw_pw.contiguous(), *vectors)
+    return dx, dw_dw, dw_pw.contiguous(), *_vector_gradients(x, on_load, dscale, dshift)
+
+
+def _vector_gradients(x: Tensor, on_load, dscale, dshift) -> tuple[Tensor, ...]:
+    """Of center, scale and shift; none without a function on load."""
+    if on_load is None:
+        return tuple(_no_vector(x) for _ in range(3))
+    return -on_load[1] * dshift, dscale, dshift
 
 
 implement("block", _block)

@@ -87,7 +87,7 @@ class CompiledBackend:
     def fprop(self, p: Problem, x: Tensor, w: Tensor, bias: Tensor | None, on_load=None) -> Tensor:
         x, w, y = readable(x, p), w.contiguous(), self._empty(p.y, p, x)
         bias = None if bias is None else bias.contiguous()
-        self._run(FPROP, p, y, arguments(x, None, w, bias, y, None, on_load), _relu(on_load))
+        self._run(FPROP, p, y, arguments(x, None, w, bias, y, None, on_load), relu_of(on_load))
         return y
 
     def dgrad(self, p: Problem, dy: Tensor, w: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class CompiledBackend:
 
     def wgrad(self, p: Problem, dy: Tensor, x: Tensor, on_load=None) -> Tensor:
         dy, x, dw = readable(dy, p), readable(x, p), x.new_empty(p.w)
-        self._run(WGRAD, p, dw, arguments(x, dy, None, None, None, dw, on_load), _relu(on_load))
+        self._run(WGRAD, p, dw, arguments(x, dy, None, None, None, dw, on_load), relu_of(on_load))
         return dw
 
     def dgrad_wgrad(self, p: Problem, dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,5 +114,6 @@ class CompiledBackend:
         return (dx, dw, *sums)
 
 
-def _relu(on_load) -> bool | None:
+def relu_of(on_load) -> bool | None:
+    """Whether a function on load ends in a ReLU; None without one."""
     return None if on_load is None else on_load[3]

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from .._compat import itemsize
-from .compiled import CHECKOUT, DTYPES, FPROP, PASSES, CompiledBackend, load, prepared
-from .problem import Problem
+from .compiled import CHECKOUT, DTYPES, FPROP, PASSES, CompiledBackend, load, prepared, readable
+from .problem import BlockProblem, Problem
+
+_ACTIVATIONS = {None: 0, "relu": 1}
 
 
 class CudaBackend(CompiledBackend):
@@ -108,9 +110,35 @@ class CudaBackend(CompiledBackend):
         self.module.cuda_set_enabled(DTYPES[dtype], family, enabled)
         self.choice_changes()
 
+    def block_families(self, dtype: torch.dtype) -> list[str]:
+        """The families of training blocks' kernels of a dtype, in order of preference."""
+        return self.module.cuda_separable_families(DTYPES[dtype])
+
     def card(self, index: int) -> Any:
         """What the kernels' choice depends on: name, arch, arch_name, multiprocessors, shared_bytes."""
         return self.module.cuda_cards()[index]
+
+    # Training blocks.
+
+    def why_not_block(self, b: BlockProblem, backward: bool) -> str | None:
+        if backward:
+            return "it has no kernels for the gradients of blocks"
+        if b.activation not in _ACTIVATIONS:
+            return f"its kernels for blocks do not apply {b.activation}"
+        return _why_not_block(self, b)
+
+    def block(self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load, statistics: bool):
+        p = b.depthwise
+        N, _, P, Q = p.y
+        x, w_dw, w_pw = readable(x, p), w_dw.contiguous(), w_pw.contiguous()
+        y = self._empty((N, b.K, P, Q), p, x)
+        mean, m2 = (torch.empty(b.K if statistics else 0, dtype=torch.float32, device=x.device) for _ in range(2))
+        center, scale, shift, relu = on_load or (None, None, None, None)
+        tensors = _block_arguments(
+            x, w_dw, w_pw, center, scale, shift, y, *((mean, m2) if statistics else (None, None))
+        )
+        self._start(_block_call(self, b, relu), y, tensors)
+        return y, mean, m2
 
     # What the self-test keeps and prints.
 
@@ -143,13 +171,16 @@ class CudaBackend(CompiledBackend):
         return torch.empty(sizes, dtype=p.dtype, device=like.device, memory_format=p.memory_format)
 
     def _run(self, pass_: int, p: Problem, out: Tensor, tensors: tuple, relu: bool | None) -> None:
+        self._start(_call(self, pass_, p, relu), out, tensors)
+
+    def _start(self, call: Any, out: Tensor, tensors: tuple) -> None:
         workspace = []
 
         def allocate(size: int) -> int:
             workspace.append(torch.empty(size, dtype=torch.uint8, device=out.device))
             return workspace[0].data_ptr()
 
-        _call(self, pass_, p, relu)(tensors, self._stream(out), allocate)
+        call(tensors, self._stream(out), allocate)
         if self._untested and not torch.cuda.is_current_stream_capturing():
             self._untested = False
             self.choice_changes()
@@ -172,6 +203,27 @@ def _card(p: Problem) -> int:
 def _call(backend: CudaBackend, pass_: int, p: Problem, relu: bool | None = None):
     module = backend.module
     return module.CudaCall(*prepared(module, pass_, p, relu), _card(p), backend.family)
+
+
+@lru_cache(maxsize=8192)
+def _block_call(backend: CudaBackend, b: BlockProblem, relu: bool | None):
+    module, p = backend.module, b.depthwise
+    _, shape, dtype, nhwc, on_load, relu = prepared(module, FPROP, p, relu)
+    options = dtype, nhwc, _ACTIVATIONS[b.activation], on_load, relu
+    return module.CudaSeparableCall(shape, b.K, *options, _card(p), backend.family)
+
+
+@lru_cache(maxsize=8192)
+def _why_not_block(backend: CudaBackend, b: BlockProblem) -> str | None:
+    strides = torch.empty(b.depthwise.x, device="meta", memory_format=b.depthwise.memory_format).stride()
+    reasons = _block_call(backend, b, None).why_not((0, strides, *(0,) * 8))
+    if any(not reason for _, reason in reasons):
+        return None
+    return "; ".join(f"{family}: {reason}" for family, reason in reasons) or f"it has none for {b.depthwise.dtype}"
+
+
+def _block_arguments(x: Tensor, *others: Tensor | None) -> tuple:
+    return x.data_ptr(), x.stride(), *(0 if t is None else t.data_ptr() for t in others)
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""``depthwise_conv2d`` and ``separable_conv2d`` in ``F.conv2d``'s argument order, ``separable_block``, ``explain``."""
+"""``depthwise_conv2d`` and ``separable_conv2d`` in ``F.conv2d``'s argument order, the blocks, ``explain``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._compat import is_compiling
-from . import aten, backends, block, library
+from . import aten, backends, block, inference, library
 from .geometry import Padding, Size2, pair, resolve_padding
 from .problem import Problem, is_nhwc
 
@@ -129,6 +129,70 @@ def separable_block(
     tensors = input, depthwise_weight, pointwise_weight, center, scale, shift
     y, mean, m2 = run(*tensors, relu, activation, *geometry, statistics)
     return (y, mean, m2) if statistics else (y, None, None)
+
+
+def separable_block_inference(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: Size2 = 1,
+    padding: Padding = 0,
+    dilation: Size2 = 1,
+    relu: bool = False,
+    activation: Literal["relu", "relu6"] | None = None,
+    out_activation: Literal["relu", "relu6"] | None = None,
+) -> Tensor:
+    """A separable convolution of a trained network and what goes round it, BatchNorm folded into weights and biases.
+
+    y = out_activation(pointwise(activation(depthwise(u) + depthwise_bias)) + bias + residual), where u is ``input`` or,
+    with ``relu``, relu(input).  ``xsep.fuse`` makes a model of such blocks.
+
+    Args:
+        input: (N, C, H, W), float64, float32, float16 or bfloat16, in either memory format.
+        depthwise_weight: (C*M, 1, R, S), dtype and device of ``input``, as all tensors here.
+        pointwise_weight: (K, C*M, 1, 1).
+        depthwise_bias, bias: (C*M,) and (K,), or None.
+        residual: (N, K, P, Q) in either memory format, or None.
+        stride, padding, dilation: of the depthwise convolution, as in ``depthwise_conv2d``.
+        relu: whether there is a ReLU before the convolutions.
+        activation, out_activation: between the convolutions and at the end: None, ``'relu'`` or ``'relu6'``.
+
+    Returns:
+        (N, K, P, Q) in the memory format of ``input``.
+
+    Raises:
+        ValueError: a shape, stride, padding, dilation, activation or device that does not fit; the message names it.
+        TypeError: dtypes that differ or are not floating-point, or ``relu`` that is no bool.
+        RuntimeError: gradients are enabled and a tensor requires them; a forced backend that cannot take the input.
+    """
+    if not isinstance(relu, bool):
+        raise TypeError(f"relu must be a bool; got {relu!r}")
+    for name, value in (("activation", activation), ("out_activation", out_activation)):
+        if value not in inference.ACTIVATIONS:
+            raise ValueError(f"{name} must be None, 'relu' or 'relu6'; got {value!r}")
+    if input.dim() != 4:
+        raise ValueError(f"input must be (N, C, H, W); got shape {tuple(input.shape)}")
+    tensors = {
+        "input": input,
+        "depthwise_weight": depthwise_weight,
+        "pointwise_weight": pointwise_weight,
+        "depthwise_bias": depthwise_bias,
+        "bias": bias,
+        "residual": residual,
+    }
+    if torch.is_grad_enabled():
+        for name, t in tensors.items():
+            if t is not None and t.requires_grad:
+                raise RuntimeError(
+                    f"separable_block_inference has no gradients, and {name} requires them: call it under "
+                    "torch.no_grad(), or separable_block to train"
+                )
+    geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
+    run: Callable = inference.compose if not is_compiling() and _under_transform() else torch.ops.xsep.block_inference
+    return run(*tensors.values(), relu, activation, out_activation, *geometry)
 
 
 def explain(

@@ -41,6 +41,15 @@ class Problem(NamedTuple):
         )
 
 
+class BlockProblem(NamedTuple):
+    """A training block (``block.py``) whose depthwise convolution is ``depthwise``; y has K channels."""
+
+    depthwise: Problem
+    K: int
+    on_load: bool  # u is not x
+    activation: str | None
+
+
 def is_nhwc(t: Tensor) -> bool:
     """Whether the channels are the contiguous axis; slices of channels_last tensors count, NCHW wins where both fit."""
     return t.stride(1) == 1 and t.stride(3) != 1

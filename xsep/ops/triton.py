@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..triton import configs, tuning
 from .compiled import DGRAD, DGRAD_WGRAD, DTYPES, FPROP, PASSES, WGRAD, readable
-from .problem import Problem
+from .problem import BlockProblem, Problem
 
 _OLDEST = (3, 3)  # tuples in loops
 _INTERPRETED_MULTIPROCESSORS = 2  # so that small tests have partial results to sum
@@ -43,7 +43,7 @@ def _launch() -> tuple[Any, str]:
 
 
 class TritonBackend:
-    """The maps of ``backends.Backend``.
+    """The maps of ``backends.Backend``, and of ``backends.FusedBackend`` what one kernel makes: blocks, forward.
 
     ``tunes`` is False where configurations are the model's: in the self-test, and ``traced`` by a compiler.
     """
@@ -123,6 +123,23 @@ class TritonBackend:
             dx, _, sums = self._backward(p, DGRAD, dy, x, w, on_load)
             dw = self.wgrad(p, dy, x, on_load)
         return dx, dw, sums[0], sums[1]
+
+    def why_not_block(self, b: BlockProblem, backward: bool) -> str | None:
+        if backward:
+            return "it has no kernel for the gradients of blocks"
+        if self.card(max(b.depthwise.device_index, 0)).arch_name == "sm_75":
+            return "Triton does not use the tensor cores of sm_75"
+        return configs.why_not_fused(b)
+
+    def block(self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load, statistics: bool):
+        """(y, mean, m2), the last two empty without ``statistics``."""
+        index = max(b.depthwise.device_index, 0)
+        if self.device == "cuda" and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self.block(b, x, w_dw, w_pw, on_load, statistics)
+        x = readable(x, b.depthwise)
+        config = configs.INTERPRETED_BLOCK if self.device == "cpu" else configs.block_config(b)
+        return _launch()[0].block(b, x, w_dw, w_pw, on_load, statistics, config)
 
     def traced(self) -> TritonBackend:
         """This backend in an operator that compilation sees through."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .._compat import itemsize
-from ..ops.problem import Problem
+from ..ops.problem import BlockProblem, Problem
 
 FPROP, DGRAD, WGRAD, DGRAD_WGRAD = range(4)  # as in ops.compiled
 HELD = 9  # taps of the largest filter whose weights and sums a program's registers hold
@@ -17,6 +17,10 @@ _PROGRAMS = 4  # a multiprocessor, at least, before strips grow longer
 # Beside a byte from memory: one that the halo of a tile brings from the second-level cache, and the arithmetic of one
 # output that a tile computes beyond the edge.
 _HALO, _IDLE = 0.4, 0.5
+# An instruction of each of an H100's lanes, in bytes from its memory; instructions of a tap: convert and multiply-add,
+# with a function on load also subtract, multiply-add, compare and select twice.
+_INSTRUCTION = 0.1
+_TAP, _TAP_ON_LOAD = 2, 7
 
 
 class Config(NamedTuple):
@@ -30,6 +34,18 @@ class Config(NamedTuple):
 
 # Under the interpreter a tile's size is free and the number of programs is not.
 INTERPRETED = Config(16, 16, 64, 1)
+
+
+class BlockConfig(NamedTuple):
+    """A tile of ``pixels`` x ``block_k`` of a block's y, made of ``block_c`` channels of x at a time."""
+
+    pixels: int
+    block_c: int
+    block_k: int
+    warps: int
+
+
+INTERPRETED_BLOCK = BlockConfig(128, 64, 64, 1)
 
 
 class Grid(NamedTuple):
@@ -49,16 +65,18 @@ def candidates(p: Problem, pass_: int) -> tuple[Config, ...]:
     """The configurations worth trying; what is compiled ahead of time in tests is the union over all problems.
 
     A thread holds 8 numbers of a tile, in NHWC 16 bytes of the channels of a pixel or two; 4 in NCHW, where each has an
-    address of its own.  wgrad holds as many sums for each tap: 4 numbers, 2 in NCHW and for filters of more than 9
-    taps, so that they stay in registers.  Half of all that for float64.  Tiles of several rows, for images
-    that do not fill a tile's columns, take registers for rows too: dgrad's are half as large.
+    address of its own.  wgrad holds as many sums for each tap: 4 numbers, so that they stay in registers; 2 in NCHW,
+    for filters of more than 9 taps and with a multiplier, where x and dy are of different channels.  Half of all that
+    for float64.  Tiles of several rows, for images that do not fill a tile's columns, take registers for rows too:
+    dgrad's are half as large.
     """
     gradients_of_w, double = pass_ in (WGRAD, DGRAD_WGRAD), itemsize(p.dtype) == 8
     if not p.nhwc:
         count = (256 if gradients_of_w else 512) >> double
         shapes = [(count // columns, columns, 1) for columns in (16, 32, 64)] + [(8, 16, 1 if gradients_of_w else 2)]
     else:
-        count = ((512 if p.w[2] * p.w[3] <= HELD else 256) if gradients_of_w else 1024) >> double
+        few = p.w[2] * p.w[3] <= HELD and p.w[0] == p.x[1]
+        count = ((512 if few else 256) if gradients_of_w else 1024) >> double
         shapes = []
         for rows, channels in ((1, 64), (2, 64), (1, 32), (4, 32)):
             pixels = (count >> (pass_ == DGRAD and rows > 1)) // channels
@@ -114,3 +132,37 @@ def ordered(p: Problem, pass_: int, multiprocessors: int) -> list[Config]:
     if all(isinstance(size, int) for size in (*p.x, *p.w)):
         found.sort(key=lambda config: cost(p, pass_, config, multiprocessors))
     return found
+
+
+def block_config(b: BlockProblem) -> BlockConfig:
+    """As many channels of y as registers have room for; a thread loads 16 bytes of x for a tap."""
+    if itemsize(b.depthwise.dtype) == 4:
+        return BlockConfig(32, 16, 64, warps=4)
+    block_k = max(16, 1 << (b.K - 1).bit_length())
+    return BlockConfig(64, 32, min(block_k, 256), warps=8 if block_k >= 128 else 4)
+
+
+def why_not_fused(b: BlockProblem) -> str | None:
+    """Why to compose a block, from its sizes: what one kernel saves, z written and read, against what it does more.
+
+    The depthwise part is made again for each tile of K; and for float32, whose sums no tensor core makes as torch does,
+    torch's matrix product is taken to be twice as fast.
+    """
+    p, config = b.depthwise, block_config(b)
+    if not p.nhwc:
+        return "it makes blocks of channels_last tensors only"
+    if p.w[0] != p.x[1]:
+        return "it makes no blocks with a channel multiplier"
+    if b.activation not in (None, "relu"):
+        return f"it makes no blocks with {b.activation} between the convolutions"
+    if p.dtype == torch.float64:
+        return "it makes no blocks of float64"
+    tiles = ceil_div(b.K, config.block_k)
+    if ceil_div(p.x[0] * p.y[2] * p.y[3], config.pixels) * tiles >= 2**31 - 2**16:
+        return "it would take more than 2^31 programs"
+    instructions = (tiles - 1) * p.w[2] * p.w[3] * (_TAP_ON_LOAD if b.on_load else _TAP)
+    if p.dtype == torch.float32:
+        instructions += tiles * config.block_k
+    if instructions * _INSTRUCTION > 2 * itemsize(p.dtype):
+        return f"by the model, to store z costs less than what one kernel does more for {b.K} channels of {p.dtype}"
+    return None

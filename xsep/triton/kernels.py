@@ -22,7 +22,7 @@ HELD = tl.constexpr(configs.HELD)
 
 
 @triton.jit
-def _applied(v, inside, vectors, ON_LOAD: tl.constexpr, RELU: tl.constexpr):
+def applied(v, inside, vectors, ON_LOAD: tl.constexpr, RELU: tl.constexpr):
     """u, zero outside of the image: padding is of the result.  ``vectors`` are center, scale and shift."""
     if ON_LOAD:
         v = vectors[1][None, :] * (v - vectors[0][None, :]) + vectors[2][None, :]
@@ -39,7 +39,7 @@ def _u(
     """A tile of x after the function on load."""
     inside = ((h >= 0) & (h < H) & (column >= 0) & (column < W))[:, None] & in_c[None, :]
     v = tl.load(x + (h * x_h + column * x_w)[:, None] + c_offset[None, :], mask=inside, other=0.0).to(ACC)
-    return _applied(v, inside, vectors, ON_LOAD, RELU)
+    return applied(v, inside, vectors, ON_LOAD, RELU)
 
 
 @triton.jit
@@ -322,7 +322,7 @@ def depthwise_backward_kernel(
             if WGRAD or ON_LOAD:
                 offset = (h * x_h + column * x_w)[:, None] + (c * x_c)[None, :]
                 v = tl.load(x + n * x_n + offset, mask=inside, other=0.0).to(ACC)
-                u = _applied(v, inside, vectors, ON_LOAD, RELU)
+                u = applied(v, inside, vectors, ON_LOAD, RELU)
             if DGRAD:
                 du = tl.zeros((BLOCK_P * BLOCK_Q, BLOCK_C), ACC)
             image = dy + n * y_n
@@ -337,9 +337,10 @@ def depthwise_backward_kernel(
                         du += g * held[tap].to(ACC)[None, :]
                 dw = grown
             elif R * S <= HELD:
-                for tap in tl.static_range(R * S):
-                    top, left = pad_top - tap // S * dilation_h, pad_left - tap % S * dilation_w
-                    for m in tl.static_range(M):
+                # A loop that stays one: written out, the taps of several filters do not fit in registers.
+                for m in range(M):
+                    for tap in tl.static_range(R * S):
+                        top, left = pad_top - tap // S * dilation_h, pad_left - tap % S * dilation_w
                         at = (k + m) * y_c
                         g = _dy(image, h, column, at, in_c, y_h, y_w, P, Q, top, left, STRIDE_H, STRIDE_W, ACC)
                         if M == 1:

@@ -5,6 +5,7 @@ Written so that ``torch.compile`` can trace it: sizes may be symbolic.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Callable
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from .._compat import itemsize
-from ..ops.problem import Problem
+from ..ops.problem import BlockProblem, Problem
 from . import configs
-from .configs import DGRAD, DGRAD_WGRAD, FPROP, HELD, WGRAD, Config, ceil_div
+from .block import block_kernel
+from .configs import DGRAD, DGRAD_WGRAD, FPROP, HELD, WGRAD, BlockConfig, Config, ceil_div
 from .kernels import depthwise_backward_kernel, depthwise_fprop_kernel, reduce_partials_kernel
 
 INTERPRETED = not isinstance(depthwise_fprop_kernel, JITFunction)  # TRITON_INTERPRET=1 was set at import
@@ -203,3 +205,83 @@ def _reduced(partials: Tensor, out: Tensor, out_k: int, out_tap: int, start: Sta
         dict(BLOCK=_REDUCED, BLOCK_SPLITS=_REDUCED_SPLITS, num_warps=4),
     )
     return out
+
+
+def block(
+    b: BlockProblem,
+    x: Tensor,
+    w_dw: Tensor,
+    w_pw: Tensor,
+    on_load,
+    statistics: bool,
+    config: BlockConfig,
+    start: Start = start,
+) -> tuple[Tensor, Tensor, Tensor]:
+    p, K = b.depthwise, b.K
+    (N, C, H, W), (_, _, R, S), (P, Q) = p.x, p.w, p.y[2:]
+    pixels = N * P * Q
+    y = torch.empty((N, K, P, Q), dtype=p.dtype, device=x.device, memory_format=p.memory_format)
+    tiles, k_blocks = ceil_div(pixels, config.pixels), ceil_div(K, config.block_k)
+    parts = torch.empty((tiles, 3, K), dtype=torch.float32, device=x.device) if statistics else None
+    if pixels > 0:
+        align = _aligned(p, x)
+        align_k = math.gcd(K, 16 // itemsize(p.dtype))
+        x_n, _, x_h, x_w = _strides(x, align)
+        start(
+            block_kernel,
+            tiles * k_blocks,
+            (
+                x,
+                w_dw.reshape(C, R * S).t().contiguous(),
+                w_pw.reshape(K, C).contiguous(),
+                y,
+                parts,
+                *_vectors(on_load),
+                *(x_n, x_h, x_w, H, W, P, Q, C // align, K // align_k, pixels),
+                *(*_geometry(p), k_blocks),
+            ),
+            dict(
+                R=R,
+                S=S,
+                STRIDE_H=p.stride[0],
+                STRIDE_W=p.stride[1],
+                ON_LOAD=b.on_load,
+                RELU=b.on_load and on_load[3],
+                ACTIVATE=b.activation == "relu",
+                STATISTICS=statistics,
+                ALIGN=align,
+                ALIGN_K=align_k,
+                WIDE=pixels >= 2**31 - 2**16,
+                BLOCK=config.pixels,
+                BLOCK_C=config.block_c,
+                BLOCK_K=config.block_k,
+                num_warps=config.warps,
+                num_stages=1,  # a second would keep a tile of x for each tap in shared memory
+            ),
+        )
+    if parts is None:
+        nothing = x.new_empty(0, dtype=torch.float32)
+        return y, nothing, nothing.clone()
+    return (y, *_merged(parts, config.pixels, pixels))
+
+
+def _merged(parts: Tensor, full: int, pixels: int) -> tuple[Tensor, Tensor]:
+    """Mean and m2 of all pixels from those of tiles, ``full`` pixels each but for the last; zeros of none.
+
+    Of tiles alike, m2 is the sum of theirs and ``full`` times that of their means; the last joins by Chan's formula.
+    Means are taken from the first tile's: where they are large, their differences are not.
+    """
+    whole, rest = divmod(pixels, full)
+    mean = m2 = parts.new_zeros(parts.shape[2])
+    if pixels == 0:
+        return mean, m2.clone()
+    first = parts[0, 0]
+    means = parts[:, 0] - first + parts[:, 1]
+    if whole:
+        variance, mean = torch.var_mean(means[:whole], 0, correction=0)
+        m2 = parts[:whole, 2].sum(0) + variance * (full * whole)
+    if rest:
+        delta = means[whole] - mean
+        mean = mean + delta * (rest / pixels)
+        m2 = m2 + parts[whole, 2] + delta * delta * (full * whole * rest / pixels)
+    return first + mean, m2

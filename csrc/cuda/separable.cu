@@ -1,0 +1,10 @@
+// The training block's kernels for the element type XSEP_T.
+
+#include "separable_fprop_nhwc.cuh"
+
+namespace xsep::cuda {
+
+template SeparableKernel separable_fprop_nhwc<XSEP_T>();
+template SeparableKernel separable_fprop_nhwc_mma<XSEP_T>();
+
+}  // namespace xsep::cuda
