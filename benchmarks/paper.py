@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Sequence
 import common
 import throughput
 import torch
-import training
+import paper_training
 from tqdm import tqdm
 
 
@@ -96,7 +96,7 @@ PAPER = {
 PAPER_COLUMN = {"table1": "paper: top-1 / top-5, ImageNet", "table2": "paper: MAP@100, JFT"}
 PAPER_PARAMETERS = {"xception": 22_855_952, "inception_v3": 23_626_728}
 
-Profiles = dict[tuple[Variant, int], list[training.Point]]
+Profiles = dict[tuple[Variant, int], list[paper_training.Point]]
 
 
 def needed(names: Sequence[str], seeds: int, divisor: int) -> dict[str, list[tuple[Variant, int]]]:
@@ -216,7 +216,7 @@ class Report:
         print(f"\n{title}\n{markdown(shown)}", flush=True)
 
 
-def introduction(args: argparse.Namespace, data: training.Data) -> str:
+def introduction(args: argparse.Namespace, data: paper_training.Data) -> str:
     width = "at their full width" if args.divisor == 1 else f"1/{args.divisor} as wide as the paper's"
     warning = "A quick run: it shows that the program works, and its numbers mean nothing. " if args.quick else ""
     foreign = "" if args.data else "**This is not ImageNet, and these are not the paper's results.** "
@@ -280,7 +280,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    data = training.folders(args.data, args.image_size) if args.data else training.digits(args.image_size)
+    data = paper_training.folders(args.data, args.image_size) if args.data else paper_training.digits(args.image_size)
     if len(data.train) < args.batch_size:
         common.fail(f"--batch-size {args.batch_size} is more than the {len(data.train)} training images")
     if args.steps is None:
@@ -292,7 +292,7 @@ def main() -> None:
         rows = table3(args)
         report.add("table3", "Table 3: size and training speed", rows, rows, picture=False)
 
-    settings = training.Settings(
+    settings = paper_training.Settings(
         args.steps, args.evaluations, args.batch_size, args.divisor, args.device, args.amp, args.workers
     )
     wanted = needed(args.only, args.seeds, args.divisor)
@@ -304,9 +304,9 @@ def main() -> None:
                 if (variant, seed) in profiles:
                     continue
                 progress.set_description(f"{name}: {variant.label}, seed {seed}")
-                options, recipe = dict(variant.options), training.RECIPES[variant.recipe]
+                options, recipe = dict(variant.options), paper_training.RECIPES[variant.recipe]
                 try:
-                    profiles[variant, seed] = training.train(
+                    profiles[variant, seed] = paper_training.train(
                         variant.network, options, recipe, data, settings, seed, progress.update
                     )
                 except OSError as error:

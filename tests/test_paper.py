@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 import torch
-import training
+import paper_training
 from PIL import Image
 from test_commands import ROOT, run
 from torch import nn
@@ -110,10 +110,10 @@ def test_errors(tmp_path):
 
 @pytest.mark.parametrize(("name", "parameters"), [("xception", 22_855_952), ("inception_v3", 23_834_568)])
 def test_networks_narrow(name, parameters):
-    recipe = training.RECIPES["ImageNet"]
-    full = training.network(name, 1000, 1, recipe, {})
+    recipe = paper_training.RECIPES["ImageNet"]
+    full = paper_training.network(name, 1000, 1, recipe, {})
     assert sum(p.numel() for p in full.parameters()) == parameters
-    narrow = training.network(name, 10, 8, recipe, {})
+    narrow = paper_training.network(name, 10, 8, recipe, {})
     assert not any(t.is_meta for t in narrow.state_dict().values())
     for (key, wide), slim in zip(full.named_parameters(), narrow.parameters()):
         if wide.dim() == 4 and wide.shape[1] > 3:
@@ -121,7 +121,7 @@ def test_networks_narrow(name, parameters):
     depthwise = [m for m in narrow.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     assert len(depthwise) == (34 if name == "xception" else 0) and all(m.groups == m.in_channels for m in depthwise)
     assert narrow(torch.randn(2, 3, 75, 75)).shape == (2, 10)
-    hidden = training.network(name, 10, 8, training.RECIPES["JFT"], {"fc_layers": 2})
+    hidden = paper_training.network(name, 10, 8, paper_training.RECIPES["JFT"], {"fc_layers": 2})
     linear = [(m.in_features, m.out_features) for m in hidden.modules() if isinstance(m, nn.Linear)]
     assert linear == [(256, 512), (512, 512), (512, 10)]
     rates = [m.p for m in full.modules() if isinstance(m, nn.Dropout)] or [full.drop_rate]
@@ -130,7 +130,7 @@ def test_networks_narrow(name, parameters):
 
 def test_recipes():
     """Section 4.2."""
-    imagenet, jft = training.RECIPES["ImageNet"], training.RECIPES["JFT"]
+    imagenet, jft = paper_training.RECIPES["ImageNet"], paper_training.RECIPES["JFT"]
     weights = [nn.Parameter(torch.ones(1))]
     sgd, rmsprop = imagenet.optimizer(weights, lr=imagenet.lr), jft.optimizer(weights, lr=jft.lr)
     assert (type(sgd), sgd.defaults["lr"], sgd.defaults["momentum"]) == (torch.optim.SGD, 0.045, 0.9)
@@ -147,7 +147,7 @@ def test_averaged_weights():
     seen = []
     for step in range(4):
         nn.init.constant_(model.weight, step)
-        training._average(averaged, model, step)
+        paper_training._average(averaged, model, step)
         seen.append(averaged.weight.item())
     expected, value = [], None
     for step in range(4):
