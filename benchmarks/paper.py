@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 import common
+import paper_training
 import throughput
 import torch
-import paper_training
 from tqdm import tqdm
+
+from xsep.train.recipes import RECIPES
 
 
 class Variant(NamedTuple):
@@ -36,7 +38,7 @@ class Variant(NamedTuple):
 
     label: str
     network: str
-    recipe: str = "ImageNet"
+    recipe: str = "imagenet"
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -48,12 +50,12 @@ class Experiment(NamedTuple):
 XCEPTION = Variant("Xception", "xception")
 INCEPTION = Variant("Inception V3", "inception_v3")
 WITHOUT_FC = (
-    Variant("Inception V3, no FC layers", "inception_v3", "JFT"),
-    Variant("Xception, no FC layers", "xception", "JFT"),
+    Variant("Inception V3, no FC layers", "inception_v3", "jft"),
+    Variant("Xception, no FC layers", "xception", "jft"),
 )
 WITH_FC = (
-    Variant("Inception V3 with FC layers", "inception_v3", "JFT", (("fc_layers", 2),)),
-    Variant("Xception with FC layers", "xception", "JFT", (("fc_layers", 2),)),
+    Variant("Inception V3 with FC layers", "inception_v3", "jft", (("fc_layers", 2),)),
+    Variant("Xception with FC layers", "xception", "jft", (("fc_layers", 2),)),
 )
 SEGMENTS = (8, 4, 2, 1)
 
@@ -224,8 +226,8 @@ def introduction(args: argparse.Namespace, data: paper_training.Data) -> str:
         f"{warning}{foreign}Trained on {data.name}: {len(data.train)} images, {len(data.validation)} others for "
         f"validation, {data.classes} classes. Networks {width}, {args.steps} steps of {args.batch_size} images of "
         f"{args.image_size} px, {args.seeds} seed{'s' * (args.seeds > 1)}; Glorot uniform, BatchNorm with epsilon 1e-3 "
-        "and momentum 0.1, accuracy of averaged weights, in all networks; recipes and weight decay as in section 4 "
-        "of the paper (torch's RMSprop, which is not quite TensorFlow's). Figures show the first seed."
+        "and momentum 0.1, accuracy of averaged weights, in all networks; recipes as in section 4 of the paper and in "
+        "docs/training.md (JFT's learns one label per image by its logistic regressions). Figures show the first seed."
     )
 
 
@@ -278,8 +280,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     data = paper_training.folders(args.data, args.image_size) if args.data else paper_training.digits(args.image_size)
     if len(data.train) < args.batch_size:
         common.fail(f"--batch-size {args.batch_size} is more than the {len(data.train)} training images")
@@ -304,7 +306,7 @@ def main() -> None:
                 if (variant, seed) in profiles:
                     continue
                 progress.set_description(f"{name}: {variant.label}, seed {seed}")
-                options, recipe = dict(variant.options), paper_training.RECIPES[variant.recipe]
+                options, recipe = dict(variant.options), RECIPES[variant.recipe]
                 try:
                     profiles[variant, seed] = paper_training.train(
                         variant.network, options, recipe, data, settings, seed, progress.update

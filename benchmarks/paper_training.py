@@ -1,10 +1,9 @@
-"""What paper.py trains: data, networks of any width, and the paper's two optimization configurations (section 4.2)."""
+"""What paper.py trains: data, networks of any width, and a training of one by a recipe of ``xsep.train``."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-from functools import partial
+import dataclasses
 from pathlib import Path
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -15,6 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from xsep.models import vgg_separable, xception
+from xsep.train.averaging import Average
+from xsep.train.metrics import correct_in_top
+from xsep.train.recipes import Recipe, learning_rate, make_loss, make_optimizer
 
 
 class Data(NamedTuple):
@@ -83,21 +85,6 @@ def _image(file: str):
         raise OSError(f"--data: cannot read {file}: {error}") from error
 
 
-class Recipe(NamedTuple):
-    """An optimization configuration of the paper."""
-
-    optimizer: Callable[..., torch.optim.Optimizer]
-    lr: float
-    lr_decay: Callable[[int, float], float]  # of the samples seen so far and the epochs
-    drop_rate: float
-
-
-RECIPES = {
-    "ImageNet": Recipe(partial(torch.optim.SGD, momentum=0.9), 0.045, lambda _, epochs: 0.94 ** (epochs // 2), 0.5),
-    "JFT": Recipe(
-        partial(torch.optim.RMSprop, momentum=0.9), 0.001, lambda samples, _: 0.9 ** (samples // 3_000_000), 0.0
-    ),
-}
 WEIGHT_DECAY = {"xception": 1e-5, "vgg_separable": 1e-5, "inception_v3": 4e-5}
 
 
@@ -190,29 +177,31 @@ def train(
     torch.manual_seed(seed)
     model = network(name, data.classes, settings.divisor, recipe, options)
     model = model.to(settings.device, memory_format=torch.channels_last)
-    averaged = copy.deepcopy(model).eval()
-    optimizer = recipe.optimizer(model.parameters(), lr=recipe.lr, weight_decay=WEIGHT_DECAY[name])
+    average = Average(model, recipe.average)
+    average.eval()
+    optimizer = make_optimizer(dataclasses.replace(recipe, weight_decay=WEIGHT_DECAY[name]), model)
+    loss_of = make_loss(recipe)
     amp = torch.autocast(settings.device, torch.bfloat16) if settings.amp else contextlib.nullcontext()
     wanted = {round(settings.steps * (i + 1) / settings.evaluations) for i in range(settings.evaluations)}
     points: list[Point] = []
     losses: list[Tensor] = []
     for step, (x, labels) in enumerate(_batches(data.train, settings, seed)):
         samples = step * settings.batch_size
-        lr = recipe.lr * recipe.lr_decay(samples, samples / len(data.train))
+        lr = learning_rate(recipe, samples / len(data.train), samples, settings.batch_size)
         for group in optimizer.param_groups:
             group["lr"] = lr
         with amp:
-            loss = F.cross_entropy(model(x), labels)
+            loss = loss_of(model(x), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        _average(averaged, model, step)
+        average.update_parameters(model)
         losses.append(loss.detach())
         progress()
         if step + 1 in wanted:
             epoch = (step + 1) * settings.batch_size / len(data.train)
             with amp:
-                accuracies = accuracy(averaged, data, settings)
+                accuracies = accuracy(average.module, data, settings)
             points.append(Point(step + 1, epoch, lr, torch.stack(losses).mean().item(), *accuracies))
             losses = []
     return points
@@ -242,23 +231,14 @@ def _moved(x: Tensor, labels: Tensor, device: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _average(averaged: nn.Module, model: nn.Module, step: int) -> None:
-    """Polyak averaging as TensorFlow does it: over the last 10,000 steps, or so far over most of them."""
-    decay = min(0.9999, (1 + step) / (10 + step))
-    for kept, new in zip(averaged.state_dict().values(), model.state_dict().values()):
-        if kept.is_floating_point():
-            kept.lerp_(new, 1 - decay)
-
-
-@torch.no_grad()
 def accuracy(model: nn.Module, data: Data, settings: Settings) -> tuple[float, float]:
     """Of the validation set, the fractions whose class is the most probable one and among the five most probable."""
     first = fifth = 0
-    loader = DataLoader(data.validation, 2 * settings.batch_size, num_workers=settings.workers)
+    loader = DataLoader(data.validation, 64, num_workers=settings.workers)
     for x, labels in loader:
         x, labels = _moved(x, labels, settings.device)
-        hits = model(x).topk(min(5, data.classes)).indices == labels[:, None]
-        first += int(hits[:, 0].sum())
-        fifth += int(hits.sum())
+        logits = model(x)
+        first += correct_in_top(logits, labels, 1)
+        fifth += correct_in_top(logits, labels, 5)
     count = len(data.validation)
     return first / count, fifth / count
