@@ -235,7 +235,7 @@ def names_of(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in NAMES]
     if unknown or not names:
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown) or 'nothing'} of {', '.join(NAMES)}")
+        raise argparse.ArgumentTypeError(f"no {', '.join(unknown) or 'name given'}; there are {', '.join(NAMES)}")
     return [name for name in NAMES if name in names]
 
 

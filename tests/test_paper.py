@@ -97,7 +97,7 @@ def test_errors(tmp_path, capsys):
         assert end.value.code == 2
         return capsys.readouterr().err
 
-    assert "fig11 of table1, table2" in message("--only", "fig6,fig11")
+    assert "no fig11; there are table1, table2" in message("--only", "fig6,fig11")
     assert "--image-size must be at least 75; got 32" in message("--image-size", 32)
     assert "is not a folder" in message("--data", tmp_path / "absent")
     (tmp_path / "empty").mkdir()
