@@ -45,12 +45,16 @@ class FusedBackend(Backend, Protocol):
 
     ``block`` makes (y, mean, m2), the last two empty without ``statistics``.  ``block_backward`` makes
     (dx, dw_dw, dw_pw, dscale, dshift), the last two None without ``on_load``.  Of dy, dmean and dm2 some may be None; y
-    and mean are None where no statistics were made.
+    and mean are None where no statistics were made.  ``block_inference`` makes y of ``inference.py``.
     """
 
     def why_not_block(self, b: BlockProblem, backward: bool) -> str | None: ...
     def block(self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load, statistics: bool): ...
     def block_backward(self, b: BlockProblem, dy, dmean, dm2, y, mean, x: Tensor, w_dw, w_pw, on_load): ...
+    def why_not_block_inference(self, b: BlockProblem) -> str | None: ...
+    def block_inference(
+        self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw, w_dw_bias, bias, residual, activation, out_activation
+    ) -> Tensor: ...
 
 
 BACKENDS: dict[str, Any] = {  # a module stands in for a Backend

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 import threading
 from functools import lru_cache
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from .._compat import fills_memory, itemsize
-from .compiled import CHECKOUT, DTYPES, FPROP, CompiledBackend, arguments, load, prepared, readable, relu_of
+from .compiled import CHECKOUT, DTYPES, FPROP, CompiledBackend, arguments, load, prepared, readable
 from .problem import BlockProblem, Problem
 
 _C, _import_error = load("_C", CHECKOUT)
 _RECYCLED_BYTES = 1 << 20
 _held = threading.local()
-_CLAMPS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf)}  # activations as the kernels know them
-_STRIDED = ("x", "dy", "y_made", "residual")
+_CLAMPS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}  # activations of the kernels
+_IMAGES = ("x", "dy", "y_made", "residual")  # what kernels read in place, by its strides
 
 
 class CpuBackend(CompiledBackend):
@@ -45,42 +45,48 @@ class CpuBackend(CompiledBackend):
         return None
 
     def block(self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load, statistics: bool):
-        p, vector = b.depthwise, torch.float64 if x.dtype == torch.float64 else torch.float32
-        call = _block_call(
-            False, b, relu_of(on_load), _CLAMPS[b.activation], _CLAMPS[None], statistics, torch.get_num_threads()
-        )
-        y = self._empty((*p.y[:1], b.K, *p.y[2:]), p, x)
+        y, vector = self._empty_y(b, x), torch.float64 if x.dtype == torch.float64 else torch.float32
         mean, m2 = (x.new_empty(b.K if statistics else 0, dtype=vector) for _ in range(2))
-        tensors = dict(x=readable(x, p), w=w_dw.contiguous(), w_pw=w_pw.contiguous(), y=y, **_vectors(on_load))
-        if statistics:
-            tensors.update(mean=mean, m2=m2)
-        _run_block(call, tensors)
+        made = dict(y=y, mean=mean, m2=m2) if statistics else dict(y=y)
+        _run_block(b, on_load, dict(x=x, w=w_dw, w_pw=w_pw), made, statistics=statistics)
         return y, mean, m2
 
     def block_backward(self, b: BlockProblem, dy, dmean, dm2, y, mean, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load):
-        p, statistics = b.depthwise, dmean is not None or dm2 is not None
-        call = _block_call(
-            True, b, relu_of(on_load), _CLAMPS[b.activation], _CLAMPS[None], statistics, torch.get_num_threads()
-        )
-        dx, dw_dw, dw_pw = self._empty(p.x, p, x), x.new_empty(p.w), x.new_empty(w_pw.shape)
-        sums = [] if on_load is None else [torch.empty_like(on_load[0]) for _ in range(2)]
-        tensors = dict(
-            x=readable(x, p),
-            w=w_dw.contiguous(),
-            w_pw=w_pw.contiguous(),
-            dx=dx,
-            dw=dw_dw,
-            dw_pw=dw_pw,
-            **_vectors(on_load),
-        )
-        if dy is not None:
-            tensors.update(dy=readable(dy, p))
+        statistics = dmean is not None or dm2 is not None
+        read = dict(x=x, w=w_dw, w_pw=w_pw, dy=dy)
         if statistics:
-            dmean, dm2 = (torch.zeros_like(mean) if v is None else v.contiguous() for v in (dmean, dm2))
-            tensors.update(y_made=readable(y, p), mean_made=mean, dmean=dmean, dm2=dm2)
-        tensors.update(zip(("dscale", "dshift"), sums))
-        _run_block(call, tensors)
-        return dx, dw_dw, dw_pw, *(sums or (None, None))
+            read.update(y_made=y, mean_made=mean)
+            read.update(dmean=torch.zeros_like(mean) if dmean is None else dmean)
+            read.update(dm2=torch.zeros_like(mean) if dm2 is None else dm2)
+        dx, dw_dw, dw_pw = self._empty(b.depthwise.x, b.depthwise, x), x.new_empty(w_dw.shape), x.new_empty(w_pw.shape)
+        sums = (None, None) if on_load is None else (torch.empty_like(on_load[0]), torch.empty_like(on_load[0]))
+        made = dict(dx=dx, dw=dw_dw, dw_pw=dw_pw, dscale=sums[0], dshift=sums[1])
+        _run_block(b, on_load, read, made, backward=True, statistics=statistics)
+        return dx, dw_dw, dw_pw, *sums
+
+    def why_not_block_inference(self, b: BlockProblem) -> str | None:
+        return self.why_not_block(b, backward=False)
+
+    def block_inference(
+        self,
+        b: BlockProblem,
+        x: Tensor,
+        w_dw: Tensor,
+        w_pw: Tensor,
+        w_dw_bias,
+        bias,
+        residual,
+        activation,
+        out_activation,
+    ) -> Tensor:
+        y, on_load = self._empty_y(b, x), (None, None, None, True) if b.on_load else None
+        read = dict(x=x, w=w_dw, w_pw=w_pw, w_bias=w_dw_bias, bias=bias, residual=residual)
+        _run_block(b, on_load, read, dict(y=y), after=out_activation)
+        return y
+
+    def _empty_y(self, b: BlockProblem, x: Tensor) -> Tensor:
+        N, _, P, Q = b.depthwise.y
+        return self._empty((N, b.K, P, Q), b.depthwise, x)
 
     def _empty(self, sizes, p: Problem, like: Tensor) -> Tensor:
         size = math.prod(sizes) * itemsize(p.dtype)
@@ -116,19 +122,24 @@ def _call(pass_: int, p: Problem, threads: int, relu: bool | None = None):
 
 
 @lru_cache(maxsize=4096)
-def _block_call(backward: bool, b: BlockProblem, relu: bool | None, between, after, statistics: bool, threads: int):
-    _, shape, *options = prepared(_C, FPROP, b.depthwise, relu)
-    return _C.SeparableCall(backward, shape, b.K, *options, between, after, statistics, threads)
+def _block_call(backward: bool, b: BlockProblem, vectors: bool, relu: bool, after, statistics: bool, threads: int):
+    _, shape, dtype, nhwc, _, _ = prepared(_C, FPROP, b.depthwise, None)
+    clamps = _CLAMPS[b.activation], _CLAMPS[after]
+    return _C.SeparableCall(backward, shape, b.K, dtype, nhwc, vectors, relu, *clamps, statistics, threads)
 
 
-def _run_block(call, tensors: dict[str, Tensor]) -> None:
-    """Makes a call with ``tensors`` by the names of ``SeparableArgs``; images that it reads go with their strides."""
-    places = {name: (t.data_ptr(), t.stride()) if name in _STRIDED else t.data_ptr() for name, t in tensors.items()}
+def _run_block(b: BlockProblem, on_load, read: dict, made: dict, backward=False, statistics=False, after=None) -> None:
+    """Makes a call: tensors by the names of ``SeparableArgs``, None for those it does not have."""
+    center, scale, shift, relu = on_load or (None, None, None, False)
+    read.update(center=center, scale=scale, shift=shift)
+    for name, t in read.items():
+        if t is not None:
+            read[name] = readable(t, b.depthwise) if name in _IMAGES else t.contiguous()
+    call = _block_call(backward, b, center is not None, relu, after, statistics, torch.get_num_threads())
+    places: dict[str, Any] = {name: (t.data_ptr(), t.stride()) for name, t in read.items() if t is not None}
+    places.update({name: place[0] for name, place in places.items() if name not in _IMAGES})
+    places.update({name: t.data_ptr() for name, t in made.items() if t is not None})
     call(places, _workspace(call.workspace_bytes).data_ptr())
-
-
-def _vectors(on_load) -> dict[str, Tensor]:
-    return {} if on_load is None else dict(zip(("center", "scale", "shift"), on_load))
 
 
 def _workspace(size: int) -> Tensor:
