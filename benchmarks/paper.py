@@ -136,7 +136,7 @@ def figure(runs: list[tuple[Variant, int]], profiles: Profiles) -> list[dict]:
     return [{"network": v.label, "seed": seed, **point._asdict()} for v, seed in runs for point in profiles[v, seed]]
 
 
-def plot(path: Path, title: str, rows: list[dict]) -> None:
+def plot(path: Path, title: str, trained: str, rows: list[dict]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,8 +146,9 @@ def plot(path: Path, title: str, rows: list[dict]) -> None:
     for label in dict.fromkeys(row["network"] for row in rows):
         mine = [row for row in rows if row["network"] == label]
         axes.plot([row["step"] for row in mine], [row["top1"] for row in mine], marker=".", label=label)
-    axes.set(title=title, xlabel="gradient descent steps", ylabel="validation top-1 accuracy")
-    axes.title.set_fontsize(9)
+    axes.set(xlabel="gradient descent steps", ylabel="validation top-1 accuracy")
+    axes.set_title(f"{title}\n{trained}", fontsize=8, wrap=True)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     drawn.tight_layout()
@@ -199,8 +200,8 @@ def last_points(rows: list[dict]) -> list[dict]:
 class Report:
     """``results.md`` and the files beside it, written anew with each result, so that a run cut short leaves its own."""
 
-    def __init__(self, folder: Path, found: dict[str, str], introduction: str):
-        self.folder, self.header = folder, found
+    def __init__(self, folder: Path, found: dict[str, str], introduction: str, trained: str):
+        self.folder, self.header, self.trained = folder, found, trained
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -209,13 +210,20 @@ class Report:
         self.parts.append(markdown([{"": key, "this run": value} for key, value in found.items()]))
 
     def add(self, name: str, title: str, rows: list[dict], shown: list[dict], picture: bool) -> None:
-        common.write_results(self.folder / f"{name}.csv", "csv", self.header, rows)
+        header = self.header if name == "table3" else {**self.header, "trained on": self.trained}
+        common.write_results(self.folder / f"{name}.csv", "csv", header, rows)
         self.parts += [f"## {title}", markdown(shown)]
         if picture:
-            plot(self.folder / f"{name}.png", title, rows)
+            plot(self.folder / f"{name}.png", title, self.trained, rows)
             self.parts.append(f"![{title}]({name}.png)")
         (self.folder / "results.md").write_text("\n\n".join(self.parts) + "\n")
         print(f"\n{title}\n{markdown(shown)}", flush=True)
+
+
+def trained_on(args: argparse.Namespace, data: paper_training.Data) -> str:
+    """What the figures and the CSVs say of themselves, wherever they are shown."""
+    kind = "" if args.data else "not ImageNet: "
+    return f"{kind}{data.name}; width {args.width}, batch {args.batch_size}, {args.image_size} px"
 
 
 def introduction(args: argparse.Namespace, data: paper_training.Data) -> str:
@@ -245,7 +253,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="a folder of images per class, or DIR/train and DIR/val of such")
     add("--out", type=Path, default=Path("results/paper"), metavar="DIR", help="default: results/paper")
     add("--only", type=names_of, default=list(NAMES), metavar="NAME,...", help="of the above; default: all")
-    add("--steps", type=int, help="training steps of a run (default 120; with --data 10 epochs)")
+    add("--steps", type=int, help="training steps of a run (default 100; with --data 10 epochs)")
     add("--seeds", type=int, help="runs of a variant in tables 1 and 2, from seed 0 on (default 2)")
     add("--evaluations", type=int, help="points of a training profile (default 6; with --data 20)")
     add("--batch-size", type=int, help="default 32")
@@ -260,7 +268,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=int, default=0, help="processes that load images (default 0: none besides this one)")
     add("--quick", action="store_true", help="other defaults: 2 steps, a seed, batch 4, 1/8 wide; table 3 at 75 px")
     args = parser.parse_args(arguments)
-    defaults = dict(steps=120, seeds=2, evaluations=6, batch_size=32, image_size=75, width="1/4")
+    defaults = dict(steps=100, seeds=2, evaluations=6, batch_size=32, image_size=75, width="1/4")
     if args.data:
         defaults.update(steps=None, evaluations=20, image_size=299, width="1")
     if args.quick:
@@ -289,10 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.steps = max(1, 10 * len(data.train) // args.batch_size)
     found = common.header(args.device)
     common.print_header(found)
-    report = Report(args.out, found, introduction(args, data))
+    report = Report(args.out, found, introduction(args, data), trained_on(args, data))
     if "table3" in args.only:
         rows = table3(args)
-        report.add("table3", "Table 3: size and training speed", rows, rows, picture=False)
+        report.add("table3", "Table 3: training speed, whole networks on photographs", rows, rows, picture=False)
 
     settings = paper_training.Settings(
         args.steps, args.evaluations, args.batch_size, args.divisor, args.device, args.amp, args.workers

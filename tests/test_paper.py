@@ -81,6 +81,7 @@ def test_digits_and_several_seeds(tmp_path, capsys):
     text = (tmp_path / "results.md").read_text()
     assert "**This is not ImageNet" in text and "scikit-learn's handwritten digits" in text
     assert "1437 images, 360 others for validation, 10 classes" in text
+    assert "# trained on: not ImageNet: scikit-learn's handwritten digits" in (tmp_path / "fig6.csv").read_text()
     assert "seeds" in printed and not (tmp_path / "table2.csv").exists()
     table, figure = rows(tmp_path / "table1.csv"), rows(tmp_path / "fig6.csv")
     assert [row["seeds"] for row in table] == ["2", "2"] and [row["seed"] for row in figure] == ["0", "0"]
