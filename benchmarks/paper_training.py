@@ -36,8 +36,12 @@ def digits(size: int) -> Data:
     images = F.interpolate(images, (size, size), mode="bilinear").expand(-1, 3, -1, -1)
     whole = TensorDataset(images, torch.tensor(found.target))
     train, validation = train_test_split(range(len(whole)), test_size=0.2, random_state=0, stratify=found.target)
-    name = f"scikit-learn's handwritten digits, 8 x 8 pixels enlarged to {size} x {size}"
-    return Data(name, Subset(whole, train), Subset(whole, validation), classes=10)
+    return Data(
+        "scikit-learn's handwritten digits, enlarged from 8 px",
+        Subset(whole, train),
+        Subset(whole, validation),
+        classes=10,
+    )
 
 
 def folders(path: Path, size: int) -> Data:
