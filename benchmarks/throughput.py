@@ -19,7 +19,7 @@ import ctypes
 import gc
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import common
 import photos
@@ -304,7 +304,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--bench", choices=("train", "inference", "both"), default="train", help="default: train")
@@ -327,7 +327,7 @@ def parse() -> argparse.Namespace:
     add("--results-format", choices=("json", "csv"), default="json", help="default: json")
     add("--plot", type=Path, metavar="FILE", help="steps per second as an image")
     add("--seed", type=int, default=0, help="of weights, crops and labels (default 0)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -345,6 +345,25 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def make_runs(args: argparse.Namespace) -> list[Run]:
+    """Every variant of every model, on one batch."""
+    if args.synthetic:
+        x = photos.noise(args.batch_size, args.img_size, args.seed)
+    else:
+        images = photos.folder(args.data) if args.data else photos.shipped()
+        x = photos.batch(images, args.batch_size, args.img_size, args.seed)
+    x = x.to(args.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    labels = torch.randint(CLASSES, (args.batch_size,), generator=torch.Generator().manual_seed(args.seed))
+    labels = labels.to(args.device)
+    variants = ["fused", "xsep", "torch"] + (["compile"] if args.torchcompile else [])
+    return [
+        Run(name, variant, args, x, labels)
+        for name in args.models
+        for variant in variants
+        if (name, variant) != ("inception_v3", "fused")
+    ]
+
+
 def main() -> None:
     args = parse()
     found = common.header(
@@ -355,23 +374,9 @@ def main() -> None:
     )
     common.print_header(found)
     print_backends(args)
-    if args.synthetic:
-        x = photos.noise(args.batch_size, args.img_size, args.seed)
-    else:
-        images = photos.folder(args.data) if args.data else photos.shipped()
-        x = photos.batch(images, args.batch_size, args.img_size, args.seed)
-    x = x.to(args.device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
-    labels = torch.randint(CLASSES, (args.batch_size,), generator=torch.Generator().manual_seed(args.seed))
-    labels = labels.to(args.device)
     if "xception" in args.models:
         check_numerics(args)
-    variants = ["fused", "xsep", "torch"] + (["compile"] if args.torchcompile else [])
-    runs = [
-        Run(name, variant, args, x, labels)
-        for name in args.models
-        for variant in variants
-        if (name, variant) != ("inception_v3", "fused")
-    ]
+    runs = make_runs(args)
     rows = []
     for bench in ("train", "inference") if args.bench == "both" else (args.bench,):
         measured = measure(runs, bench, args)

@@ -50,9 +50,11 @@ SMALL = ("--batch-size", 2, "--img-size", 75, "--num-warm-iter", 1, "--num-bench
 def test_throughput(tmp_path):
     results, picture = tmp_path / "new" / "results.json", tmp_path / "plot.png"
     out = throughput(*SMALL, "--bench", "both", "--results-file", results, "--plot", picture)
-    assert "numerics: Xception's output" in out and "not cuda: " in out and "Xception / Inception V3, xsep" in out
+    assert "numerics: outputs and input gradients" in out and "not cuda: " in out
+    assert "Xception fused / torch's best Inception V3" in out and "blocks backward: one kernel" in out
+    assert out.count("in multiples of      measured  target") == 2 and "time of its matrix products alone" in out
     found = json.loads(results.read_text())
-    assert len(found["rows"]) == 8 and found["header"]["layout"] == "channels_last"
+    assert len(found["rows"]) == 10 and found["header"]["layout"] == "channels_last"
     parameters = {row["model"]: row["parameters"] for row in found["rows"]}
     assert parameters == {"xception": 22_855_952, "inception_v3": 23_834_568}
     for row in found["rows"]:
@@ -68,7 +70,7 @@ def test_throughput_on_ones_own_photographs(tmp_path):
         *("--results-file", results, "--results-format", "csv"),
     )
     lines = [line for line in results.read_text().splitlines() if not line.startswith("#")]
-    assert [row["variant"] for row in csv.DictReader(lines)] == ["xsep", "torch"]
+    assert [row["variant"] for row in csv.DictReader(lines)] == ["fused", "xsep", "torch"]
 
 
 def test_throughput_refuses_what_cannot_be(tmp_path):
@@ -96,6 +98,7 @@ def test_layers(tmp_path):
 def test_help():
     for name in ("throughput.py", "layers.py"):
         assert "--results-file" in run(ROOT / "benchmarks" / name, "--help")
+    assert "--torchcompile" in run(ROOT / "benchmarks" / "block.py", "--help")
     assert "racecheck" in run(ROOT / "scripts" / "sanitize.py", "--help")
 
 

@@ -335,9 +335,11 @@ def no_verdicts(tmp_path, monkeypatch):
 def test_selftest_passes(cuda, no_verdicts, capsys):
     assert selftest.main(["--backend", cuda.name]) == 0
     lines = [line.replace(" (", "(").split() for line in capsys.readouterr().out.splitlines()]
-    lines = [line for line in lines if len(line) > 2 and line[0] != "testing" and line[1].startswith("depthwise_")]
-    cells = {tuple(line[:2]): line[2:] for line in lines}
+    families = [line for line in lines if len(line) > 2 and line[0] != "testing"]
+    cells = {tuple(line[:2]): line[2:6] for line in families if line[1].startswith("depthwise_")}
     assert len(cells) == 3 * 6 + 1 and all("-" not in row for (_, name), row in cells.items() if "generic" in name)
+    blocks = [line[6] for line in families if line[1].startswith("separable_")]
+    assert len(blocks) == 1 + 2 * 2 and "-" not in blocks
     assert "-" not in [row[0] for (_, name), row in cells.items() if "fprop" in name]
     assert "-" not in [cell for (_, name), row in cells.items() if "backward" in name for cell in row[-2:]]
 
