@@ -27,6 +27,8 @@ BARRIERS = {
     "depthwise_generic_wgrad_staged.cuh": ("signal",),
     "reduce.cuh": ("many_small_images",),
 }
+# No C++ test runs these: tests/test_block_cuda.py does, in Python.
+OF_BLOCKS = ("moments.cuh", "separable_fprop_nhwc.cuh")
 
 
 class Bug(NamedTuple):
@@ -50,6 +52,8 @@ class Bug(NamedTuple):
 def missing_barriers():
     """Each one of each kernel."""
     for file in sorted(KERNELS.glob("*.cuh")):
+        if file.name in OF_BLOCKS:
+            continue
         for occurrence in range(file.read_text().count(BARRIER)):
             yield Bug(file.name, BARRIER, "", BARRIERS[file.name], occurrence)
 

@@ -4,7 +4,6 @@ import csv
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -230,16 +229,17 @@ def test_it_learns(folders, tmp_path):
     assert [float(line["top1"]) for line in scores] == [1, 1]
 
 
-def test_resumes_after_a_kill(folders, whole, tmp_path):
-    """SIGKILL in the forward pass of step 9; the last checkpoint is of step 8."""
-    killed = program(data=folders, output=tmp_path, save_steps=2, die=9)
+def test_resumes_after_a_kill(folders, tmp_path):
+    """SIGKILL in the forward pass of step 9; the last checkpoint is of step 8.  Each in a new process."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert program(data=folders, output=whole).returncode == 0
+    killed = program(data=folders, output=parts, save_steps=2, die=9)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert found(tmp_path)[0].name == "checkpoint-000000008"
-    random.seed(5), np.random.seed(5)
-    assert train(folders, tmp_path, resume=True, save_steps=2) == 0
-    assert_same_end(tmp_path, whole)
-    assert [int(line["step"]) for line in rows(tmp_path / "training.csv")] == list(range(1, 13))
-    assert len(rows(tmp_path / "evaluation.csv")) == 4
+    assert found(parts)[0].name == "checkpoint-000000008"
+    assert program(data=folders, output=parts, resume=True, save_steps=2).returncode == 0
+    assert_same_end(parts, whole)
+    assert [int(line["step"]) for line in rows(parts / "training.csv")] == list(range(1, 13))
+    assert len(rows(parts / "evaluation.csv")) == 4
 
 
 def test_sigterm_saves(folders, whole, tmp_path, capfd):

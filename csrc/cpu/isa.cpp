@@ -13,16 +13,20 @@ namespace {
 
 std::vector<const Isa*> supported() {
   std::vector<const Isa*> found;
-#if defined(XSEP_X86)
+#if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // every such processor has F16C
-  const bool avx512 = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#if defined(XSEP_AVX512_BF16)
+  [[maybe_unused]] const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // and so F16C
+  [[maybe_unused]] const bool avx512 = fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(XSEP_HAS_AVX512_BF16)
   if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::isa);
 #endif
+#if defined(XSEP_HAS_AVX512)
   if (avx512) found.push_back(&avx512::isa);
+#endif
+#if defined(XSEP_HAS_AVX2)
   if (fma) found.push_back(&avx2::isa);
+#endif
 #endif
   found.push_back(&scalar::isa);
   return found;
