@@ -65,7 +65,8 @@ def test_explain_block_says_what_is_composed_and_why(monkeypatch):
     with xsep.backend("cuda"):
         assert xsep.explain_block(x, w, w_pw) == xsep.explain(x, w)  # which says why it raises
     asked = []
-    monkeypatch.setattr(BACKENDS["cpu"], "why_not_block", lambda *given: asked.append(given))
+    monkeypatch.setattr(BACKENDS["cpu"], "why_not_block", lambda b, backward: asked.append((b, backward)))
+    monkeypatch.setattr(BACKENDS["cpu"], "why_not_block_inference", lambda b: None)
     xsep.explain_block(x, w, w_pw, 2, (1, 0), activation="relu", on_load=False)
     assert [backward for _, backward in asked] == [False, True]
     for b, _ in asked:

@@ -400,7 +400,10 @@ def test_a_kernel_that_takes_the_device_with_it(no_verdicts, monkeypatch, emulat
     assert selftest.main(command) == 3 and not no_verdicts.exists()
     out = capsys.readouterr().out
     assert f"LOST {family}, torch.float32: 3x3 NCHW: an illegal memory access" in out and "FAILED" not in out
-    assert "any more: depthwise_backward_nchw, depthwise_generic\n" in out and f"'--without {family}'" in out
+    assert (
+        "any more: depthwise_backward_nchw, depthwise_generic, separable_fprop_nhwc\n" in out
+        and f"'--without {family}'" in out
+    )
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -54,10 +54,13 @@ struct SeparablePlan {
   std::vector<Strip> strips(int part) const;
 
   // Elements of the accumulation type.
-  int64_t fprop_w, fprop_bias, fprop_affine, grad_w, grad_bias, grad_affine, w_pw, bias, y_affine, shared;
-  int64_t x_tile, z_tile, panels, extra, tile_statistics, statistics;  // a thread's
-  int64_t dz_tile, out_tile, sums, dw_pw;                              // in backward
-  int64_t per_thread;
+  int64_t fprop_w, fprop_bias, fprop_affine, w_pw, shared;
+  int64_t x_tile, z_tile, panels, extra, per_thread;  // a thread's
+  // In forward.
+  int64_t bias = 0, tile_statistics = 0, statistics = 0;
+  // In backward.
+  int64_t grad_w = 0, grad_bias = 0, grad_affine = 0, y_affine = 0;
+  int64_t dz_tile = 0, out_tile = 0, sums = 0, dw_pw = 0;
 
   int64_t workspace_elements() const { return shared + threads * per_thread; }
 
