@@ -13,7 +13,7 @@ template <class A>
 struct GemmTile {
   static constexpr int kPanels = kVectorBytes == 64 ? 2 : 1, kSums = kPanels * kVectors<A>;
   static constexpr int kRows = kVectorBytes == 64 ? 14 : (kRegisters - kSums - 1) / kSums;
-  static constexpr int kDepth = 256;
+  static constexpr int kDepth = 128;
 };
 
 // c[m][panel][n] (+)= sum over k in [k_begin, k_end) of a(m, k) * b[panel][k][n] for kRows rows.
@@ -23,6 +23,11 @@ inline void gemm_tile(const Gemm<A>& g, const A* a, const A* b, A* c, int depth,
   constexpr int kTriples = (kRows + 2) / 3;  // of rows: an addressing mode reaches three from one pointer
   const ptrdiff_t a_row = g.a_row * sizeof(A), a_step = g.a_step * sizeof(A);
   vec<A, L> acc[kRows][kPanels * V] = {};
+  if (add) {
+    for (int m = 0; m < kRows; ++m) {
+      for (int p = 0; p < kPanels; ++p) __builtin_prefetch(c + m * g.c_row + p * g.c_panel, 1);
+    }
+  }
   for (int k = 0; k < depth; k += B, a += g.a_block) {
     const A* triple[kTriples];
 #pragma GCC unroll 8
@@ -73,6 +78,12 @@ inline void gemm_panels(const Gemm<A>& g, int panel) {
     for (int i = 0; i < tiles; ++i) {
       const int m = static_cast<int>(static_cast<long long>(g.rows) * i / tiles);
       const int end = static_cast<int>(static_cast<long long>(g.rows) * (i + 1) / tiles);
+      // The weights that follow are asked for in advance, some lines at each of this stretch's tiles.
+      const A* next = g.b + panel * g.b_panel + (k + depth) * kBlock<A>;
+      if (k + depth >= g.depth) next = g.b + (panel + kPanels) * g.b_panel;
+      for (int l = depth * i / tiles; l < depth * (i + 1) / tiles; ++l) {
+        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(next + p * g.b_panel + l * kBlock<A>, 0, 2);
+      }
       gemm_rows<A, kPanels>(g, g.a + m * g.a_row + k / kBlock<A> * g.a_block, g.b + panel * g.b_panel + k * kBlock<A>,
                             g.c + m * g.c_row + panel * g.c_panel, depth, g.add || k > 0, end - m);
     }

@@ -107,40 +107,20 @@ class Separable {
     }
   }
 
-  // Sums start from nothing.
+  // The sums of backward start from nothing.
   void reset(A* own) const {
-    if (args_.backward) {
-      std::memset(own + plan_.sums, 0, plan_.grad.sums * sizeof(A));
-      std::memset(own + plan_.dw_pw, 0, int64_t{plan_.k_blocks} * block_ * s_.C * sizeof(A));
-    } else {
-      std::memset(own + plan_.statistics, 0, int64_t{plan_.k_blocks} * block_ * 2 * sizeof(double));
-    }
+    std::memset(own + plan_.sums, 0, plan_.grad.sums * sizeof(A));
+    std::memset(own + plan_.dw_pw, 0, int64_t{plan_.k_blocks} * block_ * s_.C * sizeof(A));
   }
 
-  // Tile i of y.  `count` is the number of pixels that the thread's statistics are of.
-  void forward(int64_t i, A* own, int64_t& count) const {
-    const int row_tile = static_cast<int>(i % plan_.rows.tiles);
-    const int col_tile = static_cast<int>(i / plan_.rows.tiles % plan_.cols.tiles);
-    const int64_t image = i / plan_.rows.tiles / plan_.cols.tiles;
-    const Span rows = plan_.rows.y(row_tile), cols = plan_.cols.y(col_tile);
-    const int pixels = rows.size() * cols.size();
-    A* const z = own + plan_.z_tile;
-    for (int b = 0; b < plan_.blocks; b += plan_.depth) {
-      const int n = std::min(plan_.depth, plan_.blocks - b);
-      convolve(stage_x(image, rows, cols, b, n, own), rows.size(), cols.size(), b, n, z);
+  // The tiles of y of a group, and their statistics.  Returns the number of their pixels.
+  int64_t forward_group(int group, A* own) const {
+    if (args_.statistics) std::memset(statistics(group), 0, int64_t{plan_.k_blocks} * block_ * 2 * sizeof(double));
+    int64_t count = 0;
+    for (int64_t i = plan_.items * group / plan_.groups; i < plan_.items * (group + 1) / plan_.groups; ++i) {
+      forward(i, own, statistics(group), count);
     }
-    if (args_.between.any()) {
-      kernels_.clamp(z, pixels * z_pixel_, static_cast<A>(args_.between.low), static_cast<A>(args_.between.high));
-    }
-    A* const panels = own + plan_.panels;
-    for (int k = 0; k < plan_.k_blocks; k += kPanels) {
-      const int n = std::min(kPanels, plan_.k_blocks - k);
-      const int64_t panel = int64_t{pixels} * block_;
-      kernels_.gemm({z, z_pixel_, block_, 1, shared_ + plan_.w_pw + int64_t{k} * s_.C * block_, int64_t{s_.C} * block_,
-                     panels, block_, panel, pixels, s_.C, n, false});
-      for (int b = k; b < k + n; ++b) finish(image, rows, cols, b, panels + (b - k) * panel, own, count);
-    }
-    count += pixels;
+    return count;
   }
 
   // Part i of the rows of an image.
@@ -198,14 +178,13 @@ class Separable {
     }
   }
 
-  // The statistics of all threads, which are of counts[t] pixels each.
-  void merge_statistics(const A* own, int threads, const int64_t* counts) const {
-    for (int64_t k = 0; k < args_.K; ++k) {
+  // A thread's share of the statistics of all groups, which are of counts[g] pixels each.
+  void merge_statistics(int thread, int threads, const int64_t* counts) const {
+    for (int64_t k = share(args_.K, thread, threads); k < share(args_.K, thread + 1, threads); ++k) {
       double mean = 0, m2 = 0, count = 0;
-      for (int t = 0; t < threads; ++t) {
-        const double* theirs = reinterpret_cast<const double*>(own + t * plan_.per_thread + plan_.statistics);
-        if (counts[t] == 0) continue;
-        const double n = static_cast<double>(counts[t]), delta = theirs[k] - mean;
+      for (int g = 0; g < plan_.groups; ++g) {
+        const double* theirs = statistics(g);
+        const double n = static_cast<double>(counts[g]), delta = theirs[k] - mean;
         mean += delta * (n / (count + n));
         m2 += theirs[plan_.k_blocks * block_ + k] + delta * delta * (count / (count + n) * n);
         count += n;
@@ -223,6 +202,37 @@ class Separable {
   static int lanes(int b, int channels) { return std::min(block_, channels - b * block_); }
   static Span intersection(Span a, Span b) { return {std::max(a.lo, b.lo), std::min(a.hi, b.hi)}; }
   const T* w_pw() const { return static_cast<const T*>(args_.w_pw); }
+
+  // Of a group: the mean of each channel, then its m2.
+  double* statistics(int group) const {
+    return reinterpret_cast<double*>(shared_ + plan_.statistics) + int64_t{group} * plan_.k_blocks * block_ * 2;
+  }
+
+  // Tile i of y.  `count` is the number of pixels that `statistics` are of.
+  void forward(int64_t i, A* own, double* statistics, int64_t& count) const {
+    const int row_tile = static_cast<int>(i % plan_.rows.tiles);
+    const int col_tile = static_cast<int>(i / plan_.rows.tiles % plan_.cols.tiles);
+    const int64_t image = i / plan_.rows.tiles / plan_.cols.tiles;
+    const Span rows = plan_.rows.y(row_tile), cols = plan_.cols.y(col_tile);
+    const int pixels = rows.size() * cols.size();
+    A* const z = own + plan_.z_tile;
+    for (int b = 0; b < plan_.blocks; b += plan_.depth) {
+      const int n = std::min(plan_.depth, plan_.blocks - b);
+      convolve(stage_x(image, rows, cols, b, n, own), rows.size(), cols.size(), b, n, z);
+    }
+    if (args_.between.any()) {
+      kernels_.clamp(z, pixels * z_pixel_, static_cast<A>(args_.between.low), static_cast<A>(args_.between.high));
+    }
+    A* const panels = own + plan_.panels;
+    for (int k = 0; k < plan_.k_blocks; k += kPanels) {
+      const int n = std::min(kPanels, plan_.k_blocks - k);
+      const int64_t panel = int64_t{pixels} * block_;
+      kernels_.gemm({z, z_pixel_, block_, 1, shared_ + plan_.w_pw + int64_t{k} * s_.C * block_, int64_t{s_.C} * block_,
+                     panels, block_, panel, pixels, s_.C, n, false});
+      for (int b = k; b < k + n; ++b) finish(image, rows, cols, b, panels + (b - k) * panel, own, statistics, count);
+    }
+    count += pixels;
+  }
 
   // n blocks from b on of `rows` x `cols` of a tensor.
   void stage(const TensorRef& t, int channels, int64_t image, Span rows, Span cols, int b, int n,
@@ -263,7 +273,7 @@ class Separable {
                           z + b * block_, cols * z_pixel_, z_pixel_, rows, cols, n, int64_t{n - 1} * block_, false});
   }
 
-  void finish(int64_t image, Span rows, Span cols, int b, A* panel, A* own, int64_t count) const {
+  void finish(int64_t image, Span rows, Span cols, int b, A* panel, A* own, double* statistics, int64_t count) const {
     const int pixels = rows.size() * cols.size();
     A *const residual = own + plan_.extra, *const mean = own + plan_.tile_statistics;
     A *const correction = mean + block_, *const m2 = correction + block_;
@@ -276,7 +286,7 @@ class Separable {
     store_({panel, block_, dst, y.h, y.w, y.c, rows.size(), cols.size(), lanes(b, args_.K), {}, nullptr});
     if (!args_.statistics) return;
     // Chan's merge of the tile's statistics with those of the `count` pixels before it.
-    double* const means = reinterpret_cast<double*>(own + plan_.statistics) + b * block_;
+    double* const means = statistics + b * block_;
     double* const m2s = means + plan_.k_blocks * block_;
     const double n = pixels, part = n / (count + n), weight = count * part;
     for (int lane = 0; lane < block_; ++lane) {
@@ -395,7 +405,7 @@ void run(const SeparableArgs& args, const SeparablePlan& plan) {
   using A = accumulate_t<T>;
   const Separable<T> block(args, plan);
   A* const first = static_cast<A*>(args.workspace) + plan.shared;
-  std::vector<int64_t> counts(plan.threads);
+  std::vector<int64_t> counts(plan.groups);
 
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(plan.threads)
@@ -413,19 +423,22 @@ void run(const SeparableArgs& args, const SeparablePlan& plan) {
     };
     A* const own = first + thread * plan.per_thread;
     block.prepare(thread, threads);
-    block.reset(own);
-    barrier();
-    int64_t count = 0;
-    for (int64_t i = plan.items * thread / threads; i < plan.items * (thread + 1) / threads; ++i) {
-      args.backward ? block.backward(i, own) : block.forward(i, own, count);
-    }
-    counts[thread] = count;
-    if (args.backward || args.statistics) {
+    if (args.backward) {
+      // Sums of the same pixels at every call: what is dealt out as threads become free would differ in rounding.
+      block.reset(own);
       barrier();
-      if (args.backward)
-        block.reduce_sums(thread, threads, first);
-      else if (thread == 0)
-        block.merge_statistics(first, threads, counts.data());
+      for (int64_t i = plan.items * thread / threads; i < plan.items * (thread + 1) / threads; ++i) {
+        block.backward(i, own);
+      }
+      barrier();
+      block.reduce_sums(thread, threads, first);
+    } else {
+      barrier();
+#if defined(_OPENMP)
+#pragma omp for schedule(dynamic)
+#endif
+      for (int group = 0; group < plan.groups; ++group) counts[group] = block.forward_group(group, own);
+      if (args.statistics) block.merge_statistics(thread, threads, counts.data());
     }
   }
 }

@@ -14,6 +14,7 @@ constexpr int64_t kStagedBytes = 64 * 1024;  // of x, staged for some blocks of 
 constexpr int kMaxDepth = 8;
 constexpr int64_t kMacsPerThread = 256 * 1024;
 constexpr int kItemsPerThread = 4;  // fewer are dealt out evenly
+constexpr int kGroupsPerThread = 16;
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -103,6 +104,7 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
   const int64_t macs = int64_t{s.N} * s.P() * s.Q() * s.C * args.K;
   threads = static_cast<int>(std::clamp<int64_t>(macs / kMacsPerThread, 1, std::max(1, args.threads)));
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
+  groups = static_cast<int>(std::min<int64_t>(items, int64_t{kGroupsPerThread} * threads));
 
   // Pixels of x and of dx that a tile or strip has, and rows of dz that are held.
   int64_t x_pixels = 0, dx_pixels = 0, dz_rows = 0;
@@ -146,7 +148,7 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
     bias = of_call.add(int64_t{k_blocks} * block);
     panels = of_thread.add(int64_t{kPanels} * pixels * block);
     tile_statistics = of_thread.add(3 * block);
-    statistics = of_thread.add(int64_t{k_blocks} * block * 2 * 2);  // in double
+    if (args.statistics) statistics = of_call.add(groups * int64_t{k_blocks} * block * 2 * 2);  // in double
   }
   shared = of_call.size();
   per_thread = of_thread.size();

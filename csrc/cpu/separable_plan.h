@@ -48,6 +48,7 @@ struct SeparablePlan {
   Cut rows, cols;
   int strip_rows;
   int64_t items;  // tiles or parts of all images
+  int groups;     // of tiles: what a thread that is free takes next, with statistics of its own
   int threads;
   int pixels;  // of the largest tile or strip
 

@@ -1,6 +1,7 @@
 // What the tests of depthwise kernels share: shapes named by what they try, tensors in memory, and the truth.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -152,9 +153,14 @@ struct Truth {
   std::vector<double> values, magnitude;
 };
 
+constexpr double kAccumulation = 2e-6;  // in float
+inline double rounding_of(Dtype dtype) {
+  return dtype == Dtype::kFloat16 ? 4.9e-4 : dtype == Dtype::kBFloat16 ? 3.95e-3 : 0;
+}
+
 inline void compare(const std::string& what, Dtype dtype, const std::vector<double>& ours, const Truth& truth) {
-  const double accumulate = dtype == Dtype::kFloat64 ? 1e-14 : 2e-6;
-  const double round = dtype == Dtype::kFloat16 ? 4.9e-4 : dtype == Dtype::kBFloat16 ? 3.95e-3 : accumulate;
+  const double accumulate = dtype == Dtype::kFloat64 ? 1e-14 : kAccumulation;
+  const double round = std::max(rounding_of(dtype), accumulate);
   const double tiny = dtype == Dtype::kFloat16 ? 3e-8 : 1e-37;  // half an ulp of a subnormal
   ++checks;
   for (size_t i = 0; i < truth.values.size(); ++i) {

@@ -5,7 +5,7 @@
 
 #include <cstdlib>
 
-#include "cases.h"
+#include "separable_cases.h"
 
 using namespace xsep;
 using namespace xsep::cases;
@@ -20,37 +20,6 @@ void run(SeparableArgs args) {
   args.workspace = workspace;
   cpu::separable(args);
   std::free(workspace);
-}
-
-// out[n][a][pixel] = sum over b of in[n][b][pixel] * weights(a, b)
-template <class F>
-std::vector<double> pointwise(int64_t N, int64_t A, int64_t B, int64_t plane, const std::vector<double>& in,
-                              F&& weights) {
-  std::vector<double> out(N * A * plane);
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t a = 0; a < A; ++a)
-      for (int64_t b = 0; b < B; ++b)
-        for (int64_t i = 0; i < plane; ++i) out[(n * A + a) * plane + i] += in[(n * B + b) * plane + i] * weights(a, b);
-  return out;
-}
-
-struct Random {
-  std::mt19937 engine{11};
-  std::normal_distribution<double> normal;
-
-  // A small scale keeps float16 from overflowing.
-  Truth draw(Dtype dtype, int64_t count, double scale = 1) {
-    Truth t{std::vector<double>(count), {}};
-    for (double& value : t.values) value = rounded(dtype, scale * normal(engine));
-    t.magnitude = absolute(t.values);
-    return t;
-  }
-};
-
-Tensor vector_of(Dtype type, const std::vector<double>& values) {
-  Tensor t(type, false, 1, static_cast<int64_t>(values.size()), 1, 1);
-  t.fill(values);
-  return t;
 }
 
 void test(Problem problem, int K, bool relu, bool nhwc, int threads, const std::string& what) {
@@ -86,34 +55,22 @@ void test(Problem problem, int K, bool relu, bool nhwc, int threads, const std::
   args.statistics = true, args.y = made.bytes.data(), args.mean = mean.bytes.data(), args.m2 = m2.bytes.data();
   run(args);
   compare(what + " y", dtype, made.values(), y);
-  // Of y as it was made.
   const std::vector<double> values = made.values();
-  Truth true_mean{std::vector<double>(K), std::vector<double>(K, 1.0)}, true_m2 = true_mean;
+  const Statistics truth = statistics_of(values, K, plane);
   const auto each = [&](auto&& f) {
     for (int64_t i = 0; i < N * K * plane; ++i) f(i / plane % K, i);
   };
-  std::vector<long double> exact_mean(K), exact_m2(K);
-  each([&](int64_t k, int64_t i) {
-    exact_mean[k] += static_cast<long double>(values[i]) / count;
-    true_mean.magnitude[k] += std::abs(values[i]) / count;
-  });
-  each([&](int64_t k, int64_t i) {
-    exact_m2[k] += (values[i] - exact_mean[k]) * (values[i] - exact_mean[k]);
-    true_m2.magnitude[k] += values[i] * values[i];
-  });
-  true_mean.values.assign(exact_mean.begin(), exact_mean.end());
-  true_m2.values.assign(exact_m2.begin(), exact_m2.end());
-  compare(what + " mean", vector_type, mean.values(), true_mean);
-  compare(what + " m2", vector_type, m2.values(), true_m2);
+  compare(what + " mean", vector_type, mean.values(), truth.mean);
+  compare(what + " m2", vector_type, m2.values(), truth.m2);
 
   const auto backward = [&](bool statistics, bool with_dy) {
     Truth g{std::vector<double>(N * K * plane), std::vector<double>(N * K * plane)};
     each([&](int64_t k, int64_t i) {
       if (with_dy) g.values[i] += dy.values[i], g.magnitude[i] += dy.magnitude[i];
       if (!statistics) return;
-      g.values[i] += dmean.values[k] / count + 2 * (values[i] - true_mean.values[k]) * dm2.values[k];
+      g.values[i] += dmean.values[k] / count + 2 * (values[i] - truth.mean.values[k]) * dm2.values[k];
       g.magnitude[i] +=
-          dmean.magnitude[k] / count + 2 * (std::abs(values[i]) + true_mean.magnitude[k]) * dm2.magnitude[k];
+          dmean.magnitude[k] / count + 2 * (std::abs(values[i]) + truth.mean.magnitude[k]) * dm2.magnitude[k];
     });
     const auto transposed = [&](auto&& f) { return [&f](int64_t c, int64_t k) { return f(k, c); }; };
     problem.dy = pointwise(N, C, K, plane, g.values, transposed(weight));

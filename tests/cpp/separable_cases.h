@@ -1,0 +1,67 @@
+// What the tests of training blocks share.
+#pragma once
+
+#include <algorithm>
+#include <utility>
+
+#include "cases.h"
+
+namespace xsep::cases {
+
+// out[n][a][pixel] = sum over b of in[n][b][pixel] * weights(a, b)
+template <class F>
+std::vector<double> pointwise(int64_t N, int64_t A, int64_t B, int64_t plane, const std::vector<double>& in,
+                              F&& weights) {
+  std::vector<double> out(N * A * plane);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t a = 0; a < A; ++a)
+      for (int64_t b = 0; b < B; ++b)
+        for (int64_t i = 0; i < plane; ++i) out[(n * A + a) * plane + i] += in[(n * B + b) * plane + i] * weights(a, b);
+  return out;
+}
+
+struct Random {
+  std::mt19937 engine{11};
+  std::normal_distribution<double> normal;
+
+  // A small scale keeps float16 from overflowing.
+  Truth draw(Dtype dtype, int64_t count, double scale = 1) {
+    Truth t{std::vector<double>(count), {}};
+    for (double& value : t.values) value = rounded(dtype, scale * normal(engine));
+    t.magnitude = absolute(t.values);
+    return t;
+  }
+};
+
+inline Tensor vector_of(Dtype type, const std::vector<double>& values) {
+  Tensor t(type, false, 1, static_cast<int64_t>(values.size()), 1, 1);
+  t.fill(values);
+  return t;
+}
+
+struct Statistics {
+  Truth mean, m2;
+};
+
+// Of y as it was made: per channel the mean, and the sum of the squared deviations from it.
+inline Statistics statistics_of(const std::vector<double>& y, int64_t K, int64_t plane) {
+  std::vector<long double> mean(K), m2(K);
+  Truth true_mean{{}, std::vector<double>(K, 1.0)}, true_m2 = true_mean;
+  const auto each = [&](auto&& f) {
+    for (size_t i = 0; i < y.size(); ++i) f(static_cast<int64_t>(i) / plane % K, static_cast<long double>(y[i]));
+  };
+  const int64_t count = static_cast<int64_t>(y.size()) / K;
+  each([&](int64_t k, long double v) {
+    mean[k] += v / count;
+    true_mean.magnitude[k] += std::abs(static_cast<double>(v)) / count;
+  });
+  each([&](int64_t k, long double v) {
+    m2[k] += (v - mean[k]) * (v - mean[k]);
+    true_m2.magnitude[k] += static_cast<double>(v * v);
+  });
+  true_mean.values.assign(mean.begin(), mean.end());
+  true_m2.values.assign(m2.begin(), m2.end());
+  return {true_mean, true_m2};
+}
+
+}  // namespace xsep::cases
