@@ -28,7 +28,7 @@ import xsep  # noqa: E402
 from xsep.checkpoints import build, load  # noqa: E402
 from xsep.checkpoints.keras import read_layers, to_torch  # noqa: E402
 from xsep.models import xception  # noqa: E402
-from xsep.models.xception import MaxPoolSame  # noqa: E402
+from xsep.nn import MaxPoolSame  # noqa: E402
 from xsep.testing import assert_no_worse_than_torch  # noqa: E402
 
 

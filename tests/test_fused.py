@@ -10,7 +10,8 @@ from gradients import assert_all_no_worse_than_torch, results
 from torch import nn
 
 from xsep import DepthwiseConv2d, SeparableConv2d
-from xsep.nn import FusedSequential, block
+from xsep.nn import FusedSequential, MaxPoolSame, block
+from xsep.nn import norm as norm_module
 
 
 def separable(in_channels, out_channels, kernel_size=3, bias=False, **options):
@@ -130,6 +131,70 @@ def test_frozen_norms_make_no_statistics(blocks):
     fused.load_state_dict(plain.state_dict())
     torch.testing.assert_close(results(fused, input(torch.float64)), results(plain, input(torch.float64)))
     assert blocks and not any(statistics for _, _, statistics in blocks)
+
+
+def pooled(**norm):
+    """Pools after norms of either sign."""
+    plain, fused = pair(
+        [
+            separable(3, 8),
+            nn.BatchNorm2d(8, **norm),
+            nn.MaxPool2d(3, 2, 1),
+            nn.ReLU(),
+            separable(8, 6, activation="relu"),
+            nn.BatchNorm2d(6, **norm),
+            MaxPoolSame(),
+        ]
+    )
+    for model in (plain, fused):
+        torch.manual_seed(3)
+        for module in model:
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean)
+                if module.affine:
+                    nn.init.normal_(module.weight)
+                    assert module.weight.min() < 0 < module.weight.max()
+    return plain, fused
+
+
+@pytest.mark.parametrize("norm", [dict(), dict(affine=False), dict(momentum=None)])
+@pytest.mark.parametrize("train", [True, False])
+def test_pools_come_before_norms(train, norm, blocks, monkeypatch):
+    plain, fused = (model.double().train(train) for model in pooled(**norm))
+    read = []
+    monkeypatch.setattr(block, "apply_vectors", lambda y, *vectors: read.append(y.shape[2:]) or apply(y, *vectors))
+    apply = norm_module.apply_vectors
+    x = input(torch.float64)
+    torch.testing.assert_close(results(fused, x), results(plain, x))
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict())
+    assert read == [(6, 6), (3, 3)] and blocks == [(False, False, train), (False, True, train)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pools_before_norms_agree(dtype, backend):
+    plain, fused = (model.to(backend.device, dtype) for model in pooled())
+    exact, x = copy.deepcopy(plain).double(), input(dtype, mean=3).to(backend.device)
+    found = [results(model, t) for model, t in ((fused, x), (plain, x), (exact, x.double()))]
+    assert_all_no_worse_than_torch(*found, "output and gradients")
+    statistics = [[b for b in model.buffers() if b.is_floating_point()] for model in (fused, plain, exact)]
+    assert_all_no_worse_than_torch(*statistics, "running statistics")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model[2].register_forward_hook(lambda module, args, y: 2 * y),
+        lambda model: model.__setitem__(1, Doubled(8, dtype=torch.float64)),
+        lambda model: model.__setitem__(2, nn.AvgPool2d(3, 2, 1)),
+        lambda model: model.__setitem__(2, nn.Identity()),
+    ],
+)
+def test_pools_that_stay_after_norms(change):
+    plain, fused = (model.double() for model in pooled())
+    for model in (plain, fused):
+        torch.manual_seed(2)
+        change(model)
+    torch.testing.assert_close(results(fused, input(torch.float64)), results(plain, input(torch.float64)))
 
 
 class Doubled(nn.BatchNorm2d):

@@ -12,7 +12,7 @@ from torch import nn
 
 import xsep
 from xsep.models import Xception, xception
-from xsep.models.xception import MaxPoolSame
+from xsep.nn import MaxPoolSame
 from xsep.testing import assert_no_worse_than_torch
 
 

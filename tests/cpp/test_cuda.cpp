@@ -80,13 +80,6 @@ constexpr const char* kOrders[] = {"once", "twice"};  // the same
 void set_order(const char*) {}
 #endif
 
-// Under the sanitizers a call takes ten times as long: it is made in one of the orders.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
-
 // A tensor with a copy of its bytes where kernels can reach it.
 struct Buffer {
   explicit Buffer(const Tensor& tensor) : tensor(tensor), memory(tensor.bytes) {}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn.block import FusedSequential, run_fused
-from ..nn.layers import make_activation, spatial_conv2d
+from ..nn.layers import MaxPoolSame, make_activation, spatial_conv2d
 
 
 class Preset(NamedTuple):
@@ -52,14 +52,6 @@ class FeatureInfo(list):
 
     def reduction(self) -> list[int]:
         return [info["reduction"] for info in self]
-
-
-class MaxPoolSame(nn.Module):
-    """3x3 max-pool of stride 2 with TensorFlow's SAME: (N, C, H, W) → (N, C, ceil(H/2), ceil(W/2))."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        # SAME pads an odd extent by one on both sides and an even one at its end only, which is what ceil_mode adds.
-        return F.max_pool2d(x, 3, 2, padding=(x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
 
 
 def separable(in_channels: int, out_channels: int, activation: str | None, segments: int | None) -> nn.Sequential:

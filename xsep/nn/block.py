@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Iterable, Literal, NamedTuple, Optional
 
+import torch
 from torch import Tensor, nn
 
 from ..ops import separable_block
-from .layers import DepthwiseConv2d, SeparableConv2d
-from .norm import KINDS, takes_statistics, vectors
+from ..ops.block import vector_dtype
+from .layers import DepthwiseConv2d, MaxPoolSame, SeparableConv2d
+from .norm import KINDS, apply_vectors, takes_statistics, vectors
 
 Activation = Optional[Literal["relu", "elu"]]
 
@@ -19,8 +21,10 @@ class FusedSequential(nn.Sequential):
     """``nn.Sequential`` that does not store what separable convolutions read, nor keeps what lies inside them.
 
     A ReLU before a separable convolution is applied as the convolution loads its input, and so is a BatchNorm before it
-    if that follows another separable convolution, which makes its statistics.  Parameters, buffers, their names and
-    what is computed are those of ``nn.Sequential``; running statistics too.
+    if that follows another separable convolution, which makes its statistics.  A max-pool after such a BatchNorm comes
+    before it, which then reads a quarter.  Parameters, buffers, their names and what is computed are those of
+    ``nn.Sequential``; running statistics too.  (Where a BatchNorm's weight is 0 all of a pool's window is the same, and
+    the gradient of the weight is that of another of its pixels.)
 
     A separable convolution is a ``SeparableConv2d``, or an ``nn.Sequential`` of a ``DepthwiseConv2d``, an activation
     (``nn.Identity``, ``nn.ReLU`` or ``nn.ELU``) and an ``nn.Conv2d`` of 1x1, without biases and padded with zeros.  All
@@ -42,8 +46,14 @@ def run_fused(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
         if isinstance(step, nn.Module):
             x = step(x)
             continue
+        if isinstance(step, _Pooled):
+            x = step(x, mean, m2)
+            continue
         center, scale, shift = (None, None, None) if step.norm is None else vectors(step.norm, x, mean, m2)
-        norm = following.norm if isinstance(following, _Fused) else None
+        norm = None if following is None or isinstance(following, nn.Module) else following.norm
+        w_pw = step.pointwise.weight
+        if isinstance(following, _Pooled):
+            w_pw = w_pw * following.sign(w_pw).view(-1, 1, 1, 1)
         x, mean, m2 = separable_block(
             x,
             center,
@@ -51,7 +61,7 @@ def run_fused(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
             shift,
             step.relu,
             step.depthwise.weight,
-            step.pointwise.weight,
+            w_pw,
             step.depthwise.stride,
             step.depthwise.padding,
             step.depthwise.dilation,
@@ -71,13 +81,39 @@ class _Fused(NamedTuple):
     pointwise: nn.Conv2d
 
 
-def _steps(layers: list[nn.Module]) -> list[nn.Module | _Fused]:
-    steps: list[nn.Module | _Fused] = []
+class _Pooled(NamedTuple):
+    """BatchNorm of what a separable convolution makes, and a max-pool after it.
+
+    The largest number of a window stays the largest in a BatchNorm, or becomes the smallest where its weight is
+    negative: those channels are made with the other sign, as is their ``mean``.
+    """
+
+    norm: Any
+    pool: nn.Module
+
+    def sign(self, like: Tensor) -> Tensor:
+        """1 or -1 per channel."""
+        if self.norm.weight is None:
+            return like.new_ones(self.norm.num_features)
+        return torch.where(self.norm.weight.detach() < 0, -1.0, 1.0).to(like.dtype)
+
+    def __call__(self, y: Tensor, mean: Tensor | None, m2: Tensor | None) -> Tensor:
+        sign = self.sign(y).to(vector_dtype(y))
+        center, scale, shift = vectors(self.norm, y, None if mean is None else mean * sign, m2)
+        return apply_vectors(self.pool(y), center * sign, scale * sign, shift)
+
+
+def _steps(layers: list[nn.Module]) -> list[nn.Module | _Fused | _Pooled]:
+    steps: list[nn.Module | _Fused | _Pooled] = []
     position = 0
     while position < len(layers):
         end = position
         norm: Any = layers[end] if steps and isinstance(steps[-1], _Fused) and is_any(layers[end], KINDS) else None
         end += norm is not None
+        if norm is not None and end < len(layers) and _is_pool(layers[end]):
+            steps.append(_Pooled(norm, layers[end]))
+            position = end + 1
+            continue
         relu = end < len(layers) and is_exactly(layers[end], nn.ReLU)
         end += relu
         separable = _separable(layers[end]) if end < len(layers) else None
@@ -101,6 +137,11 @@ def _separable(layer: nn.Module) -> tuple[DepthwiseConv2d, Activation, nn.Conv2d
         and (pointwise.stride, pointwise.padding) == ((1, 1), (0, 0))
     )
     return (depthwise, _ACTIVATIONS[type(activation)], pointwise) if fits else None
+
+
+def _is_pool(layer: Any) -> bool:
+    """Whether a max-pool's windows each give a number."""
+    return is_exactly(layer, MaxPoolSame) or (is_exactly(layer, nn.MaxPool2d) and not layer.return_indices)
 
 
 def is_exactly(module: nn.Module, kind: type) -> bool:

@@ -250,3 +250,11 @@ def make_activation(activation: Activation) -> Callable[[Tensor], Tensor]:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be None, 'relu', 'elu' or a callable; got {activation!r}")
     return _ACTIVATIONS[activation]()
+
+
+class MaxPoolSame(nn.Module):
+    """3x3 max-pool of stride 2 with TensorFlow's SAME: (N, C, H, W) → (N, C, ceil(H/2), ceil(W/2))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # SAME pads an odd extent by one on both sides and an even one at its end only, which is what ceil_mode adds.
+        return F.max_pool2d(x, 3, 2, padding=(x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)

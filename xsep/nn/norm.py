@@ -40,6 +40,13 @@ def vectors(norm: Any, y: Tensor, mean: Tensor | None, m2: Tensor | None):
     return mean, scale if norm.weight is None else norm.weight * scale, norm.bias
 
 
+def apply_vectors(y: Tensor, center: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """scale * (y - center) + shift per channel, of y's dtype."""
+    sizes = [-1 if axis == 1 else 1 for axis in range(y.dim())]
+    normalized = (y.to(vector_dtype(y)) - center.view(sizes)) * scale.view(sizes)
+    return (normalized if shift is None else normalized + shift.view(sizes)).to(y.dtype)
+
+
 def _at_least_1(count: int | Tensor):
     return count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1)
 
@@ -136,9 +143,7 @@ class SyncBatchNorm2d(_BatchNorm):
         sizes = [-1 if axis == 1 else 1 for axis in range(input.dim())]
         mean = wide.sum(others) / max(1, input.numel() // input.shape[1])
         m2 = (wide - mean.view(sizes)).square().sum(others)
-        center, scale, shift = vectors(self, input, mean, m2)
-        y = (wide - center.view(sizes)) * scale.view(sizes)
-        return (y if shift is None else y + shift.view(sizes)).to(input.dtype)
+        return apply_vectors(input, *vectors(self, input, mean, m2))
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
