@@ -144,7 +144,7 @@ def step(design: str, batch: int, dtype: torch.dtype) -> list[Op]:
 
             model: nn.Module = inception_v3(weights=None, aux_logits=False, init_weights=False)
         else:
-            model = xsep.models.xception()
+            model = xsep.models.xception(fused=False)
             if design == "fused":
                 model = fuse(model, record.ops)
         x = torch.empty(batch, 3, 299, 299, dtype=dtype)

@@ -22,6 +22,7 @@ NHWC = torch.channels_last
 # How to make a model, and how many separable convolutions, residual sums and BatchNorms there are in it.
 MODELS = {
     "xception": (lambda: xsep.models.xception(num_classes=20), 34, 8, 40),
+    "plain xception": (lambda: xsep.models.xception("timm", num_classes=20, fused=False), 34, 8, 40),
     "fused xception": (lambda: xsep.models.xception("timm", num_classes=20, fused=True), 34, 8, 40),
     "timm legacy_xception": (lambda: timm.create_model("legacy_xception", num_classes=20), 34, 8, 40),
     "torchvision mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(num_classes=20), 17, 10, 52),

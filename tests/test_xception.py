@@ -100,7 +100,7 @@ def test_fused_training_follows_the_unfused(options):
 
 
 def test_fused_is_the_same_model():
-    plain, fused = xception(), xception(fused=True)
+    plain, fused = (xception(fused=fused) for fused in (False, True))
     assert list(fused.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in fused.named_modules()] == [name for name, _ in plain.named_modules()]
     kept = {}
@@ -115,6 +115,34 @@ def test_fused_is_the_same_model():
             model(torch.randn(1, 3, 75, 75).contiguous(memory_format=torch.channels_last))
         kept[name] = sum(storages.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters())
     assert kept["fused"] < 0.6 * kept["plain"], kept
+
+
+def test_fused_where_supported():
+    """By default: in float32 on a CPU, but not with an activation that its kernels do not have, or for a compiler."""
+    from xsep.nn import block
+
+    calls = []
+
+    def record(*arguments, **options):
+        calls.append(arguments[0].dtype)
+        return run(*arguments, **options)
+
+    run = block.separable_block
+    x = torch.randn(1, 3, 75, 75)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block, "separable_block", record)
+        for options, expected in ((dict(), 34), (dict(fused=False), 0), (dict(activation="elu"), 0)):
+            model = xception("timm", num_classes=3, **options).eval()
+            calls.clear()
+            model(x)
+            assert len(calls) == expected, options
+        calls.clear()
+        with xsep.backend("aten"):
+            xception(num_classes=3)(torch.randn(2, 3, 75, 75))
+        assert not calls
+        patch.setattr(block, "is_compiling", lambda: True)
+        xception(num_classes=3)(torch.randn(2, 3, 75, 75))
+        assert not calls
 
 
 def test_presets_differ():

@@ -12,7 +12,7 @@ from typing import Callable, Literal, NamedTuple, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.block import FusedSequential, run_fused
+from ..nn.block import FusedSequential, FusedWhereSupported, is_supported, run_fused
 from ..nn.layers import MaxPoolSame, make_activation, spatial_conv2d
 
 
@@ -68,8 +68,8 @@ class Block(nn.Module):
 
     ``widths`` are the channels before, between and after them.  With ``pool`` the block ends in it, and its residual is
     a 1x1 convolution of stride 2 with BatchNorm instead of the identity.  (N, widths[0], H, W) →
-    (N, widths[-1], H, W), or with ``pool`` (N, widths[-1], ceil(H/2), ceil(W/2)).  With ``fused`` what lies between the
-    convolutions is not stored.
+    (N, widths[-1], H, W), or with ``pool`` (N, widths[-1], ceil(H/2), ceil(W/2)).  ``fused`` is that of
+    ``Xception``.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Block(nn.Module):
         residual: bool,
         activation: str | None,
         segments: int | None,
-        fused: bool,
+        fused: bool | None,
     ):
         super().__init__()
         self.residual = residual
@@ -95,7 +95,7 @@ class Block(nn.Module):
                 # The residual takes the block's input before the first ReLU.
                 rep.append(nn.ReLU(inplace=i > 0))
             rep += [separable(in_channels, out_channels, activation, segments), norm(out_channels)]
-        sequential = FusedSequential if fused else nn.Sequential
+        sequential = {True: FusedSequential, False: nn.Sequential, None: FusedWhereSupported}[fused]
         self.rep = sequential(*rep, *([] if pool is None else [pool]))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,7 +121,9 @@ class Xception(nn.Module):
             default is Keras's and timm's.
         features_only: ``forward`` returns the feature maps that ``feature_info`` describes; there is no head.
         fused: separable convolutions apply the BatchNorm and ReLU before them on load, and backward keeps their inputs
-            and results only (``xsep.nn.FusedSequential``).  The parameters and what is computed are the same.
+            and results only (``xsep.nn.FusedSequential``).  The parameters and what is computed are the same.  None:
+            where kernels make these blocks in one go, forward and backward (``xsep.explain_block``), which today those
+            of the CPU do, and not under ``torch.compile``.
 
     Input (N, in_chans, H, W), 299 x 299 and [-1, 1] for the public weights; output (N, num_classes), or without
     classifier (N, head_hidden_size).
@@ -143,7 +145,7 @@ class Xception(nn.Module):
         fc_layers: int = 0,
         drop_rate: float = 0.0,
         features_only: bool = False,
-        fused: bool = False,
+        fused: bool | None = None,
         segments: int | None = None,
     ):
         super().__init__()
@@ -234,7 +236,7 @@ class Xception(nn.Module):
             if i in taps:
                 features.append(F.relu(x))
         exit_flow = (self.conv3, self.bn3, self.act3, self.conv4, self.bn4, self.act4)
-        if self.fused:
+        if self.fused or (self.fused is None and is_supported(exit_flow, x)):
             return [*features, run_fused(exit_flow, x)]
         for layer in exit_flow:
             x = layer(x)

@@ -7,8 +7,10 @@ from typing import Any, Iterable, Literal, NamedTuple, Optional
 import torch
 from torch import Tensor, nn
 
+from .._compat import is_compiling
 from ..ops import separable_block
 from ..ops.block import vector_dtype
+from ..ops.functional import has_block_kernels
 from .layers import DepthwiseConv2d, MaxPoolSame, SeparableConv2d
 from .norm import KINDS, apply_vectors, takes_statistics, vectors
 
@@ -36,6 +38,32 @@ class FusedSequential(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         return run_fused(self, input)
+
+
+class FusedWhereSupported(FusedSequential):
+    """``FusedSequential`` for inputs whose backend makes its blocks in one go, in backward too; else ``nn.Sequential``.
+
+    It goes by the first block.  Compilers see ``nn.Sequential``, from which they make blocks of their own.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return run_fused(self, input) if is_supported(self, input) else nn.Sequential.forward(self, input)
+
+
+def is_supported(layers: Iterable[nn.Module], x: Tensor) -> bool:
+    """Whether the backend of ``x`` makes the first block of ``layers`` in one go, and its gradients."""
+    if is_compiling():
+        return False
+    first = next((step for step in _steps(list(layers)) if isinstance(step, _Fused)), None)
+    return first is not None and has_block_kernels(
+        x,
+        first.depthwise.weight,
+        first.pointwise.weight,
+        first.depthwise.stride,
+        first.depthwise.padding,
+        first.depthwise.dilation,
+        first.activation,
+    )
 
 
 def run_fused(layers: Iterable[nn.Module], x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._compat import is_compiling
+from .._compat import autocast_dtype, is_autocast_enabled, is_compiling
 from . import aten, backends, block, inference, library
 from .geometry import Padding, Size2, pair, resolve_padding
 from .problem import BlockProblem, Problem, is_nhwc
@@ -233,6 +233,18 @@ def explain_block(
     block._check(input, depthwise_weight, pointwise_weight, None, None, None, *geometry)
     problem = _problem(input, depthwise_weight, geometry)
     return backends.explain_block(BlockProblem(problem, pointwise_weight.shape[0], on_load, activation))
+
+
+def has_block_kernels(
+    input: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, stride, padding, dilation, activation
+) -> bool:
+    """Whether ``separable_block`` and its backward run in one go for these arguments."""
+    geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
+    problem = _problem(input, depthwise_weight, geometry)
+    if problem.device in ("cpu", "cuda") and is_autocast_enabled(problem.device):
+        problem = problem._replace(dtype=autocast_dtype(problem.device))
+    b, chosen = BlockProblem(problem, pointwise_weight.shape[0], True, activation), backends.choose(problem)
+    return not any(backends.why_not_block(b, chosen, backward) for backward in (False, True))
 
 
 def _problem(x: Tensor, weight: Tensor, geometry) -> Problem:
