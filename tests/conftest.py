@@ -6,6 +6,9 @@ Torch 2.0.1 cannot fill memory: there only the self-test's tests do it.
 import os
 from contextlib import contextmanager
 
+# Before OpenMP is loaded: threads that wait for others spin otherwise, and take the cores from the tests beside them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import settings
