@@ -6,8 +6,9 @@
 Needs no GPU: models run on torch's meta device, and every operator of a step (forward and backward, without the
 optimizer) is recorded with the bytes of its inputs and outputs and its FLOPs.  An operator takes as long as the slower
 of the two, at a fraction of the data sheet's peak, plus the time to start a kernel.  "eager" is the recorded step as it
-stands.  "fused" predicts an operator that does not exist yet: ReLU, separable convolution and BatchNorm as one, which
-reads x and writes y, and in the backward pass reads x, y and dy and writes dx.  On a GPU, layers are measured as well.
+stands.  "fused" predicts ReLU, separable convolution and BatchNorm as one operator, which reads x and writes y, and in
+the backward pass reads x, y and dy and writes dx: on a GPU there is a kernel for its forward pass only.  On a GPU,
+layers are measured as well.
 """
 
 from __future__ import annotations
