@@ -1,5 +1,6 @@
 """``xsep.train``: what a training computes, and that neither a signal nor bad data nor a full disk loses anything."""
 
+import copy
 import csv
 import errno
 import json
@@ -278,8 +279,7 @@ def alone(folders, output, dtype, net, **options):
 def test_two_processes_are_one_with_the_double_batch(folders, tmp_path):
     """With statistics of both batches, in BatchNorms that are applied on load and others."""
     net = {"dropout": False}
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    double = program(*launcher, data=folders, output=tmp_path / "two", net=net, batch_size=4, sync_bn=True)
+    double = program(*TWO, data=folders, output=tmp_path / "two", net=net, batch_size=4, sync_bn=True)
     assert double.returncode == 0, double.stderr
     assert double.stderr.count("step 6, epoch 2.00") == 1, double.stderr  # of one process only
     ours = weights_after(tmp_path / "two")
@@ -291,6 +291,51 @@ def test_two_processes_are_one_with_the_double_batch(folders, tmp_path):
     torch.manual_seed(0)
     start = Net(**net).state_dict()
     assert all((ref64[name] - start[name]).abs().max() > 1e-4 for name in start)
+
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def test_asynchronous_updates(folders, tmp_path):
+    """Each process makes an update of every batch of its own; after a stop of one all stop, and go on."""
+    options = dict(data=folders, output=tmp_path, asynchronous=True, net={"dropout": False}, numbers={"epochs": 6})
+    stopped = program(*TWO, **options, stop=4)
+    assert stopped.returncode != 0 and "--resume continues" in stopped.stderr, stopped.stderr
+    step = int(found(tmp_path)[0].name.split("-")[1])
+    state = torch.load(found(tmp_path)[0] / "state.pt", weights_only=True)
+    assert 4 <= step <= 6 and state["averaged"] == step + 4  # within the second epoch
+    done = program(*TWO, **options, resume=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 18, epoch 6.00") == 1, done.stderr
+    after = torch.load(found(tmp_path)[0] / "state.pt", weights_only=True)
+    assert after["averaged"] == state["averaged"] + 2 * (18 - step) and not after["random"]
+    assert float(rows(tmp_path / "evaluation.csv")[-2]["top1"]) == 1
+    assert load_file(found(tmp_path)[0] / "model.safetensors")["1.num_batches_tracked"] == after["averaged"]
+
+
+def test_a_server_of_weights():
+    """It updates weights that have changed since the gradients were computed, and adds to the statistics."""
+    from xsep.train.asynchronous import Server, tensors
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    server = Server(model, torch.optim.SGD(model.parameters(), lr=9), Average(model, 0.5))
+    start = [t.clone() for t in tensors(model)]
+    expected = [t.clone().double() for t in start]
+    for worker, rate in zip(copies, (0.5, 0.25)):
+        worker(torch.randn(5, 3)).square().sum().backward()
+        gradients = [p.grad for p in worker.parameters()]
+        changes = [after - before for after, before in zip(worker.buffers(), start[4:])]
+        for t, change in zip(expected, [*(-rate * g for g in gradients), *changes]):
+            t += change.double()
+        values, signal = server.update(gradients, changes, rate, 3 if worker is copies[0] else 0)
+        assert signal == 3
+        for value, mine, reference in zip(values, tensors(model), expected):
+            assert torch.equal(value, mine) and value.data_ptr() != mine.data_ptr()
+            torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=1e-6)
+    assert model[1].num_batches_tracked == 2 and server.average.n_averaged == 2
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_accumulated_batches_are_one(folders, tmp_path):
@@ -439,6 +484,9 @@ def test_refusals(folders, whole, tmp_path):
         train(folders, tmp_path, batch_size=25)
     with pytest.raises(ValueError, match="drop_rate must be less than 1"):
         train(folders, tmp_path, numbers={"drop_rate": 1.0})
+    for bad, text in (({"sync_bn": True}, "sync_bn True"), ({"amp": "fp16"}, "amp fp16")):
+        with pytest.raises(ValueError, match=f"asynchronous.*do not wait for each other, as {text} would need"):
+            train(folders, tmp_path, asynchronous=True, **bad)
     assert len(found(whole)) == 2
 
 

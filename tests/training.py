@@ -1,7 +1,8 @@
 """A small network and small images to train on, and a training of them as a program of its own.
 
 ``python tests/training.py JSON`` runs ``fit`` on the folder ``data`` with the options in the JSON; ``net`` are
-those of the network, ``die`` is the number of the forward pass at which it kills itself.
+those of the network, ``die`` is the number of the forward pass at which it kills itself, ``stop`` that at which the
+last process gets a SIGTERM.
 """
 
 import dataclasses
@@ -95,6 +96,9 @@ def main(given):
     torch.manual_seed(0)
     net = Net(**given.pop("net", {}))
     net.acts = {given.pop("die", 0): signal.SIGKILL}
+    stop = given.pop("stop", 0)
+    if joined.rank == joined.world - 1:
+        net.acts[stop] = signal.SIGTERM
     status = train(Path(given.pop("data")), given.pop("output"), net, joined=joined, **given)
     processes.finish()
     return status

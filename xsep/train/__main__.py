@@ -155,6 +155,11 @@ def _add_run(group: Any) -> None:
     group.add_argument("--amp", choices=sorted(AMP), help="mixed precision (default: float32 only)")
     group.add_argument("--channels-last", action=switch, default=True, help="NHWC in place of NCHW")
     group.add_argument("--sync-bn", action="store_true", help="BatchNorm over the batches of all processes")
+    group.add_argument(
+        "--asynchronous",
+        action="store_true",
+        help="a process updates the weights when it has gradients, and waits for none (the paper's JFT runs)",
+    )
 
 
 def _add_recipe(group: Any) -> None:

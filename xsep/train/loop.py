@@ -40,6 +40,7 @@ class Options:
     amp: str | None = None
     channels_last: bool = True
     sync_bn: bool = False
+    asynchronous: bool = False
     resume: bool = False
     save_steps: int = 1000
     keep: int = 2
@@ -76,15 +77,28 @@ def fit(
     signal that stopped it.  Every process of a training calls it with the same arguments, and the same initial weights.
 
     Raises:
-        ValueError: a recipe that makes no sense, or a checkpoint that does not fit.
+        ValueError: a recipe or options that make no sense, or a checkpoint that does not fit.
         FileExistsError: there are checkpoints, and ``resume`` is not set.
         DataError: there is too little data, or it cannot be read any more.
         Diverged: the weights became infinite or NaN; they are not saved.
     """
-    return _Training(model, train, validation, recipe, options, joined or Processes(), class_weights).run()
+    joined = joined or Processes()
+    for name, bad in (("sync_bn", options.sync_bn), ("amp", options.amp == "fp16")):
+        if options.asynchronous and bad:
+            raise ValueError(
+                f"asynchronous: processes do not wait for each other, as {name} {getattr(options, name)} would need"
+            )
+    kind: type[Training] = Training
+    if options.asynchronous and joined.world > 1:
+        from .asynchronous import AsynchronousTraining
+
+        kind = AsynchronousTraining
+    return kind(model, train, validation, recipe, options, joined, class_weights).run()
 
 
-class _Training:
+class Training:
+    """One training in this process; ``joined.world`` of them step together."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -125,9 +139,7 @@ class _Training:
         self.saved = True
         state.seed_all(options.seed + joined.rank)
         self._resume()
-        self.parallel: nn.Module = self.model
-        if joined.world > 1:
-            self.parallel = DistributedDataParallel(self.model, device_ids=[self.device.index] if cuda else None)
+        self.parallel = self._data_parallel()
 
     def run(self) -> int:
         self._open_logs()
@@ -148,6 +160,13 @@ class _Training:
             self.joined.say(f"stopped after step {progress.step}" + ("; --resume continues" if self.saved else ""))
         return 128 + signal if signal else int(not self.saved)
 
+    def _data_parallel(self) -> nn.Module:
+        """The model, or what computes it in every process and takes the mean of their gradients."""
+        if self.joined.world == 1:
+            return self.model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.model, device_ids=device_ids)
+
     def _enough(self) -> bool:
         limit = self.options.max_steps
         return limit is not None and self.progress.step >= limit
@@ -162,7 +181,7 @@ class _Training:
         with self._bar(done) as bar:
             for step in range(done, self.steps):
                 rate = recipes.learning_rate(
-                    self.recipe, progress.epoch + step / self.steps, progress.samples, self.plan.global_batch
+                    self.recipe, progress.epoch + step / self.steps, progress.samples, self._update_batch()
                 )
                 total += self._step(loaded, rate)
                 since += 1
@@ -170,7 +189,7 @@ class _Training:
                 progress.samples += self.plan.global_batch
                 progress.seen += self.plan.global_batch
                 bar.update()
-                signal = self.joined.highest(self.stop.signal)
+                signal = self._signal()
                 ending = bool(signal) or self._enough() or step + 1 == self.steps
                 saving = progress.step % options.save_steps == 0
                 if ending or saving or progress.step % options.log_steps == 0:
@@ -184,9 +203,7 @@ class _Training:
 
     def _step(self, loaded: Iterator[tuple[Tensor, Tensor]], rate: float) -> Tensor:
         """One update of the weights; the mean loss of this process."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parallel.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         parts = self.options.accumulate
         for part in range(parts):
@@ -200,13 +217,35 @@ class _Training:
                 loss = self.loss(logits, targets) / parts
                 self.scaler.scale(loss).backward()
             total += loss.detach()
+        self._update(rate)
+        return total
+
+    def _update(self, rate: float) -> None:
+        """Of the weights, with the gradients that were computed."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.average.update_parameters(self.model)
-        return total
+
+    def _update_batch(self) -> int:
+        """Images whose gradients an update is made with."""
+        return self.plan.global_batch
+
+    def _signal(self) -> int:
+        """That any process has had."""
+        return self.joined.highest(self.stop.signal)
+
+    def _mean_loss(self, loss: float) -> float:
+        """Of all processes."""
+        return self.joined.sum(loss)[0] / self.joined.world
+
+    def _random_states(self) -> list[Any]:
+        """Of all processes."""
+        return self.joined.gather(state.random_state())
 
     def _log(self, total: Tensor, steps: int, rate: float, seconds: float, bar: Any) -> None:
-        loss = self.joined.sum(total.item() / steps)[0] / self.joined.world
+        loss = self._mean_loss(total.item() / steps)
         if loss != loss or loss in (float("inf"), float("-inf")):
             # fp16's scaler leaves out steps whose gradients are infinite; weights that are not finite never recover.
             if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
@@ -282,12 +321,13 @@ class _Training:
         layout = {"batch_size": plan.batch_size, "accumulate": plan.accumulate, "size": plan.size, "seed": plan.seed}
         workers = {} if isinstance(self.train, Images) else {"workers": plan.workers}
         recipe = {key: value for key, value in dataclasses.asdict(self.recipe).items() if key != "epochs"}
-        return {**layout, **workers, "processes": plan.world, "amp": self.options.amp, **recipe}
+        kind = {"amp": self.options.amp, "asynchronous": self.options.asynchronous}
+        return {**layout, **workers, "processes": plan.world, **kind, **recipe}
 
     def _save(self) -> None:
         """A checkpoint, by the first process; where that fails the training goes on."""
         progress = self.progress
-        generators = self.joined.gather(state.random_state())
+        generators = self._random_states()
         if self.joined.rank:
             return
         contents = {
