@@ -46,9 +46,9 @@ class Log:
 
 
 def tensorboard(folder: Path, step: int) -> Any:
-    """A ``SummaryWriter``, or None where TensorBoard is not installed."""
+    """A ``SummaryWriter`` for what comes after ``step``, or None where TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder), purge_step=step or None)
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
