@@ -30,6 +30,7 @@ BUDGET = {
     "depthwise_generic_wgrad_staged_kernel": 128,
     "reduce_partials_kernel": 64,
     "separable_fprop_nhwc_kernel": 128,
+    "merge_moments_kernel": 64,
 }
 # In 64 registers the compiler for Blackwell spills.
 ON_BLACKWELL = {**BUDGET, "depthwise_fprop_nchw_kernel": {3: 96, 5: 96, 7: 128}}
