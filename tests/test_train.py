@@ -63,7 +63,12 @@ def whole(folders, tmp_path_factory):
 
 def program(*launcher, **options):
     command = [sys.executable, *launcher, PROGRAM, json.dumps({k: options[k] for k in options}, default=str)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # TP: over the loopback interface, whatever the machine's name resolves to.
+    environment = {
+        **os.environ,
+        "TP_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
 
