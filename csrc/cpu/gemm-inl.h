@@ -73,15 +73,21 @@ template <class A, int kPanels>
 inline void gemm_panels(const Gemm<A>& g, int panel) {
   constexpr int kRows = GemmTile<A>::kRows, kDepth = GemmTile<A>::kDepth;
   const int tiles = (g.rows + kRows - 1) / kRows;
+  const auto at_most = [](int depth) { return depth < kDepth ? depth : kDepth; };
   for (int k = 0; k < g.depth; k += kDepth) {
-    const int depth = g.depth - k < kDepth ? g.depth - k : kDepth;
+    const int depth = at_most(g.depth - k);
+    // What of b comes next: the rest of these panels, or other panels, or nothing.
+    const A* next = g.b + panel * g.b_panel + (k + depth) * kBlock<A>;
+    int lines = at_most(g.depth - k - depth);
+    if (lines == 0 && panel + 2 * kPanels <= g.panels) {
+      next = g.b + (panel + kPanels) * g.b_panel;
+      lines = at_most(g.depth);
+    }
     for (int i = 0; i < tiles; ++i) {
       const int m = static_cast<int>(static_cast<long long>(g.rows) * i / tiles);
       const int end = static_cast<int>(static_cast<long long>(g.rows) * (i + 1) / tiles);
-      // The weights that follow are asked for in advance, some lines at each of this stretch's tiles.
-      const A* next = g.b + panel * g.b_panel + (k + depth) * kBlock<A>;
-      if (k + depth >= g.depth) next = g.b + (panel + kPanels) * g.b_panel;
-      for (int l = depth * i / tiles; l < depth * (i + 1) / tiles; ++l) {
+      // It is asked for in advance, some lines before each tile.
+      for (int l = lines * i / tiles; l < lines * (i + 1) / tiles; ++l) {
         for (int p = 0; p < kPanels; ++p) __builtin_prefetch(next + p * g.b_panel + l * kBlock<A>, 0, 2);
       }
       gemm_rows<A, kPanels>(g, g.a + m * g.a_row + k / kBlock<A> * g.a_block, g.b + panel * g.b_panel + k * kBlock<A>,
