@@ -12,7 +12,7 @@ from typing import Callable, Literal, NamedTuple, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.block import FusedSequential, FusedWhereSupported, is_supported, run_fused
+from ..nn.block import FusedSequential, FusedWhereSupported, run_fused
 from ..nn.layers import MaxPoolSame, make_activation, spatial_conv2d
 
 
@@ -236,8 +236,8 @@ class Xception(nn.Module):
             if i in taps:
                 features.append(F.relu(x))
         exit_flow = (self.conv3, self.bn3, self.act3, self.conv4, self.bn4, self.act4)
-        if self.fused or (self.fused is None and is_supported(exit_flow, x)):
-            return [*features, run_fused(exit_flow, x)]
+        if self.fused is not False:
+            return [*features, run_fused(exit_flow, x, everywhere=self.fused is True)]
         for layer in exit_flow:
             x = layer(x)
         return [*features, x]

@@ -47,28 +47,17 @@ class FusedWhereSupported(FusedSequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return run_fused(self, input) if is_supported(self, input) else nn.Sequential.forward(self, input)
+        return run_fused(self, input, everywhere=False)
 
 
-def is_supported(layers: Iterable[nn.Module], x: Tensor) -> bool:
-    """Whether the backend of ``x`` makes the first block of ``layers`` in one go, and its gradients."""
-    if is_compiling():
-        return False
-    first = next((step for step in _steps(list(layers)) if isinstance(step, _Fused)), None)
-    return first is not None and has_block_kernels(
-        x,
-        first.depthwise.weight,
-        first.pointwise.weight,
-        first.depthwise.stride,
-        first.depthwise.padding,
-        first.depthwise.dilation,
-        first.activation,
-    )
-
-
-def run_fused(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-    """What ``FusedSequential(*layers)`` makes of ``x``."""
-    steps = _steps(list(layers))
+def run_fused(layers: Iterable[nn.Module], x: Tensor, everywhere: bool = True) -> Tensor:
+    """What ``FusedSequential(*layers)`` makes of ``x``, or, unless ``everywhere``, ``FusedWhereSupported(*layers)``."""
+    layers = list(layers)
+    steps: list[nn.Module | _Fused | _Pooled] = [*layers]
+    if everywhere or not is_compiling():
+        fused = _steps(layers)
+        if everywhere or _in_one_go(fused, x):
+            steps = fused
     mean = m2 = None
     for step, following in zip(steps, (*steps[1:], None)):
         if isinstance(step, nn.Module):
@@ -97,6 +86,20 @@ def run_fused(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
             statistics=norm is not None and takes_statistics(norm),
         )
     return x
+
+
+def _in_one_go(steps: Iterable[nn.Module | _Fused | _Pooled], x: Tensor) -> bool:
+    """Whether the backend of ``x`` has kernels for the first block of ``steps``, and for its gradients."""
+    first = next((step for step in steps if isinstance(step, _Fused)), None)
+    return first is not None and has_block_kernels(
+        x,
+        first.depthwise.weight,
+        first.pointwise.weight,
+        first.depthwise.stride,
+        first.depthwise.padding,
+        first.depthwise.dilation,
+        first.activation,
+    )
 
 
 class _Fused(NamedTuple):

@@ -143,7 +143,7 @@ class SyncBatchNorm2d(_BatchNorm):
         sizes = [-1 if axis == 1 else 1 for axis in range(input.dim())]
         mean = wide.sum(others) / max(1, input.numel() // input.shape[1])
         m2 = (wide - mean.view(sizes)).square().sum(others)
-        return apply_vectors(input, *vectors(self, input, mean, m2))
+        return apply_vectors(wide, *vectors(self, input, mean, m2)).to(input.dtype)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
