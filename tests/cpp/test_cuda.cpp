@@ -5,61 +5,17 @@
 //   g++ -std=c++17 -DXSEP_EMULATE_CUDA ...            or, with the sources of csrc/cuda,
 //   nvcc -std=c++17 -arch=sm_70 -x cu -Icsrc ...      exit code 77: there is no GPU
 
-#include <cstdlib>
 #include <exception>
 #include <iterator>
 
 #include "cases.h"
+#include "cuda_memory.h"
 #include "cuda/depthwise.h"
 
 using namespace xsep;
 using namespace xsep::cases;
 
 namespace {
-
-// Bytes that kernels can reach: of the device, or exactly so many of the host.
-class Memory {
- public:
-  explicit Memory(const std::vector<char>& bytes) : size_(bytes.size()) {
-    allocate();
-    if (size_ > 0) write(bytes);
-  }
-  // All ones: NaN in every type.
-  explicit Memory(int64_t size) : Memory(std::vector<char>(size, static_cast<char>(0xff))) {}
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() { free(); }
-
-  void* get() const { return data_; }
-  std::vector<char> bytes() const {
-    std::vector<char> result(size_);
-    if (size_ > 0) read(result);
-    return result;
-  }
-
- private:
-#if defined(XSEP_EMULATE_CUDA)
-  void allocate() {
-    if (posix_memalign(&data_, 64, size_) != 0) std::abort();
-  }
-  void free() { std::free(data_); }
-  void write(const std::vector<char>& bytes) { std::memcpy(data_, bytes.data(), size_); }
-  void read(std::vector<char>& bytes) const { std::memcpy(bytes.data(), data_, size_); }
-#else
-  static void check(cudaError_t error) {
-    if (error == cudaSuccess) return;
-    std::printf("FAILED: %s\n", cudaGetErrorString(error));
-    std::exit(1);
-  }
-  void allocate() { check(cudaMalloc(&data_, size_ > 0 ? size_ : 1)); }
-  void free() { cudaFree(data_); }
-  void write(const std::vector<char>& bytes) { check(cudaMemcpy(data_, bytes.data(), size_, cudaMemcpyHostToDevice)); }
-  void read(std::vector<char>& bytes) const { check(cudaMemcpy(bytes.data(), data_, size_, cudaMemcpyDeviceToHost)); }
-#endif
-
-  size_t size_;
-  void* data_ = nullptr;
-};
 
 #if defined(XSEP_EMULATE_CUDA)
 // The choice of a kernel and of its grid depends on the device: a large and a small one.

@@ -1,11 +1,12 @@
 // Every family of CUDA kernels of the training block, on every call that it takes, against naive loops in double.
 // On the host emulator, in several orders of threads.
 
-#include <cstdlib>
 #include <map>
+#include <stdexcept>
 
 #include "cuda/emulator.h"
 #include "cuda/separable_kernels.h"
+#include "cuda_memory.h"
 #include "separable_cases.h"
 
 using namespace xsep;
@@ -13,29 +14,10 @@ using namespace xsep::cases;
 
 namespace {
 
-// Exactly so many bytes, aligned as a GPU's allocator does, so that the sanitizer sees any access beyond them.
-class Memory {
- public:
-  explicit Memory(int64_t size) {
-    if (posix_memalign(&data_, 64, size) != 0) std::abort();
-    std::memset(data_, 0xff, size);  // NaN
-  }
-  explicit Memory(const Tensor& tensor) : Memory(static_cast<int64_t>(tensor.bytes.size())) {
-    if (!tensor.bytes.empty()) std::memcpy(data_, tensor.bytes.data(), tensor.bytes.size());
-  }
-  Memory(const Memory&) = delete;
-  Memory& operator=(const Memory&) = delete;
-  ~Memory() { std::free(data_); }
-
-  void* get() const { return data_; }
-  std::vector<double> values(Tensor like) const {
-    if (!like.bytes.empty()) std::memcpy(like.bytes.data(), data_, like.bytes.size());
-    return like.values();
-  }
-
- private:
-  void* data_ = nullptr;
-};
+std::vector<double> values_in(const Memory& memory, Tensor like) {
+  like.bytes = memory.bytes();
+  return like.values();
+}
 
 // The families that ran.
 std::map<std::string, int> ran;
@@ -64,17 +46,19 @@ void test(int turn, const Problem& problem, int K, bool relu, bool slices, const
 
   Tensor x(dtype, true, s.N, s.C, s.H, s.W, slices);
   x.fill(problem.x);
-  const Memory x_bytes(x), w(vector_of(dtype, problem.w)), pw(vector_of(dtype, w_pw.values)),
-      center(vector_of(Dtype::kFloat32, problem.center)), scale(vector_of(Dtype::kFloat32, problem.scale)),
-      shift(vector_of(Dtype::kFloat32, problem.shift));
+  const Memory x_bytes(x.bytes), w(vector_of(dtype, problem.w).bytes), pw(vector_of(dtype, w_pw.values).bytes),
+      center(vector_of(Dtype::kFloat32, problem.center).bytes), scale(vector_of(Dtype::kFloat32, problem.scale).bytes),
+      shift(vector_of(Dtype::kFloat32, problem.shift).bytes);
   const Tensor like(dtype, true, s.N, K, s.P(), s.Q()), like_vector(Dtype::kFloat32, false, 1, K, 1, 1);
-  cuda::SeparableArgs args{s, K, dtype, true, relu ? cuda::Activation::kRelu : cuda::Activation::kNone};
+  cuda::SeparableArgs args{};
+  args.shape = s, args.K = K, args.dtype = dtype, args.nhwc = true;
+  if (relu) args.activation = cuda::Activation::kRelu;
   args.x = x.ref(x_bytes.get()), args.w_dw = w.get(), args.w_pw = pw.get();
   if (problem.affine) args.on_load = {center.get(), scale.get(), shift.get(), false};
   args.on_load.relu = problem.relu;
 
   for (const cuda::SeparableKernel& kernel : cuda::separable_kernels(dtype)) {
-    const Memory made(static_cast<int64_t>(like.bytes.size())), mean(K * sizeof(float)), m2(K * sizeof(float));
+    const Memory made(static_cast<int64_t>(like.bytes.size())), mean(int64_t{K} * 4), m2(int64_t{K} * 4);
     args.y = made.get(), args.mean = static_cast<float*>(mean.get()), args.m2 = static_cast<float*>(m2.get());
     if (!kernel.why_not(args, device).empty()) continue;
     ++ran[std::string(kernel.name) + " " + name(dtype)];
@@ -95,11 +79,11 @@ void test(int turn, const Problem& problem, int K, bool relu, bool slices, const
         std::printf("FAILED %s: %s\n", which.c_str(), error.what());
         continue;
       }
-      const std::vector<double> values = made.values(like);
+      const std::vector<double> values = values_in(made, like);
       compare(which + " y", dtype, values, y);
       const Statistics truth = statistics_of(values, K, plane);
-      compare(which + " mean", Dtype::kFloat32, mean.values(like_vector), truth.mean);
-      compare(which + " m2", Dtype::kFloat32, m2.values(like_vector), truth.m2);
+      compare(which + " mean", Dtype::kFloat32, values_in(mean, like_vector), truth.mean);
+      compare(which + " m2", Dtype::kFloat32, values_in(m2, like_vector), truth.m2);
       if (first.empty()) first = values;
       ++checks;
       if (values != first) ++failures, std::printf("FAILED %s: the order changes the result\n", which.c_str());
