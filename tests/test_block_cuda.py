@@ -230,4 +230,6 @@ def test_why_not():
     assert "multiplier is not 1" in reason(w=(32, 1, 3, 3))
     assert "do not apply elu" in reason(activation="elu")
     assert "torch.float64" in reason(dtype=torch.float64)
-    assert "gradients" in reason(backward=True)
+    assert reason(backward=True) is None and "do not apply elu" in reason(backward=True, activation="elu")
+    assert "the filter is not 3x3" in reason(backward=True, w=(16, 1, 5, 5), pad=(2, 2, 2, 2))
+    assert "not multiples of 4" in reason(backward=True, x=(2, 18, 5, 5), w=(18, 1, 3, 3))

@@ -30,6 +30,8 @@ BUDGET = {
     "depthwise_generic_wgrad_staged_kernel": 128,
     "reduce_partials_kernel": 64,
     "separable_fprop_nhwc_kernel": 128,
+    "separable_backward_nhwc_kernel": 168,
+    "gradient_kernel": 96,
     "merge_moments_kernel": 64,
 }
 # In 64 registers the compiler for Blackwell spills.

@@ -47,7 +47,7 @@ SHAPES = {
     "one_pixel": _ONE_PIXEL,
     **{name: NAMED[name] for name in _OTHERS},
 }
-_BLOCK = "block"  # beside the passes: the training block, forward
+_BLOCK, _BLOCK_BACKWARD = "block", "block_backward"  # beside the passes: the training block
 _BLOCK_CHANNELS = 40  # of its y
 _LOST = 3  # exit status: a kernel has made the device unusable for its process
 _lock = threading.Lock()
@@ -76,6 +76,7 @@ class Case(NamedTuple):
     bias: Tensor
     dy: Tensor
     w_pw: Tensor
+    block_gradients: list[Tensor]  # dy, dmean, dm2, y, mean of the block
     truth: dict[str, list[tuple[Tensor, Tensor]]]  # of each output: its value, the sum of the sizes of its terms
 
 
@@ -109,11 +110,12 @@ def check(
     results = []
     for family in (name for name in _families(backend, dtype) if name not in without):
         begin(family)
-        for name in (_BLOCK,) if family in backend.block_families(dtype) else PASSES:
+        for name in (_BLOCK, _BLOCK_BACKWARD) if family in backend.block_families(dtype) else PASSES:
             result = Result(family, dtype, name, 0, 0.0, "")
             for case in cases:
                 result = _checked(result, backend.only(family), name, case)
-            results.append(result)
+            if result.cases or name in PASSES:  # a family of blocks may make one direction
+                results.append(result)
     return results
 
 
@@ -150,9 +152,9 @@ def _checked(so_far: Result, family: CudaBackend, name: str, case: Case) -> Resu
 
 def _takes(family: Any, name: str, case: Case) -> bool:
     p = case.problem
-    if name == _BLOCK:
+    if name in (_BLOCK, _BLOCK_BACKWARD):
         kind = family.why_not_kind(p.device, p.dtype, p.device_index)
-        return kind is None and family.why_not_block(_block(case), False) is None
+        return kind is None and family.why_not_block(_block(case), name == _BLOCK_BACKWARD) is None
     try:
         family.kernel(p, PASSES.index(name), None if case.on_load is None else case.on_load[3])
     except ValueError:
@@ -191,6 +193,9 @@ def _outputs(backend: CudaBackend, name: str, case: Case) -> tuple[Tensor, ...]:
     p, x, w, dy = case.problem, case.x, case.w, case.dy
     if name == _BLOCK:
         return backend.block(_block(case), x, w, case.w_pw, case.on_load, True)
+    if name == _BLOCK_BACKWARD:
+        made = backend.block_backward(_block(case), *case.block_gradients, x, w, case.w_pw, case.on_load)
+        return made if case.on_load is not None else made[:3]
     if name == "fprop":
         return (backend.fprop(p, x, w, case.bias, case.on_load),)
     if name == "dgrad":
@@ -226,10 +231,19 @@ def _case(name: str, shape: Shape, dtype: torch.dtype, nhwc: bool, with_on_load:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         on_load = (*(moved(v, wide) for v in vectors), True)
     truth = _truth(exact, x, w, bias, dy, vectors)
-    truth[_BLOCK] = [_block_truth(exact, dtype, x, w, w_pw, vectors)]
+    if shape.M == 1:
+        sizes = shape.N, _BLOCK_CHANNELS, *exact.y[2:]
+        gradients = [draw(*sizes) / 64, *(draw(_BLOCK_CHANNELS) / 64 for _ in range(2))]  # sums stay below 65504
+        gradients += [draw(*sizes), draw(_BLOCK_CHANNELS)]
+        truth[_BLOCK] = [_block_truth(exact, dtype, x, w, w_pw, vectors)]
+        truth[_BLOCK_BACKWARD] = _block_backward_truth(exact, dtype, gradients, x, w, w_pw, vectors)
+        y_like, vector_like = laid_out, lambda v: moved(v, torch.float32)
+        block_gradients = [f(t) for f, t in zip((y_like, *(vector_like,) * 2, y_like, vector_like), gradients)]
+    else:
+        block_gradients = []
     return Case(
         f"{name} {'NHWC' if nhwc else 'NCHW'}{' on_load' if with_on_load else ''}",
-        *(problem, on_load, laid_out(x), moved(w), moved(bias), laid_out(dy), moved(w_pw), truth),
+        *(problem, on_load, laid_out(x), moved(w), moved(bias), laid_out(dy), moved(w_pw), block_gradients, truth),
     )
 
 
@@ -239,13 +253,58 @@ def _block_truth(p: Problem, dtype: torch.dtype, x: Tensor, w: Tensor, w_pw: Ten
     Kernels may round what lies between the convolutions to the dtype: that counts as so many roundings of a sum.
     """
     if vectors is not None:
-        center, scale, shift = (v.view(1, -1, 1, 1) for v in vectors)
-        x = (scale * (x - center) + shift).relu()
-    z, size = aten.fprop(p, x, w, None), aten.fprop(p, x.abs(), w.abs(), None)
-    if vectors is not None:
-        z = z.relu()
-    size = size + torch.finfo(dtype).eps / 2 / (16 * torch.finfo(torch.float32).eps) * z.abs()
+        x = _on_load(x, vectors)
+    z, size = _rounded_z(p, dtype, x, w, vectors)
     return torch.nn.functional.conv2d(z, w_pw), torch.nn.functional.conv2d(size, w_pw.abs())
+
+
+def _on_load(x: Tensor, vectors) -> Tensor:
+    center, scale, shift = (v.view(1, -1, 1, 1) for v in vectors)
+    return (scale * (x - center) + shift).relu()
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps / 2 / (16 * torch.finfo(torch.float32).eps)
+
+
+def _rounded_z(p: Problem, dtype: torch.dtype, u: Tensor, w: Tensor, vectors) -> tuple[Tensor, Tensor]:
+    z, size = aten.fprop(p, u, w, None), aten.fprop(p, u.abs(), w.abs(), None)
+    z = z if vectors is None else z.relu()
+    return z, size + _rounding(dtype) * z.abs()
+
+
+def _block_backward_truth(p: Problem, dtype: torch.dtype, gradients, x: Tensor, w: Tensor, w_pw: Tensor, vectors):
+    """The gradients of x, w, w_pw [, scale and shift]; the gradients of y and of z may be rounded, as z."""
+    dy, dmean, dm2, y, mean = (t.view(1, -1, 1, 1) if t.dim() == 1 else t for t in gradients)
+    count, rounding = max(1, y.numel() // y.shape[1]), _rounding(dtype)
+    deviations = y - mean
+    whole = dy + dmean / count + 2 * deviations * dm2
+    size = dy.abs() + dmean.abs() / count + 2 * (deviations * dm2).abs() + rounding * whole.abs()
+    u = x if vectors is None else _on_load(x, vectors)
+    z, z_size = _rounded_z(p, dtype, u, w, vectors)
+    products = [(whole, z), (size, z.abs()), (whole.abs(), z_size)]
+    dw_pw, *sizes = (torch.einsum("nkpq,ncpq->kc", *pair).view(w_pw.shape) for pair in products)
+    dz, dz_size = (
+        torch.einsum("nkpq,kc->ncpq", *pair) for pair in ((whole, w_pw[..., 0, 0]), (size, w_pw[..., 0, 0].abs()))
+    )
+    dz_size = dz_size + rounding * dz.abs()
+    if vectors is not None:
+        dz, dz_size = dz * (z > 0), dz_size * (z > 0)
+    dx = aten.dgrad(p, dz, w), aten.dgrad(p, dz_size, w.abs())
+    dw = aten.wgrad(p, dz, u), aten.wgrad(p, dz_size, u.abs())
+    of_weights = [dw, (dw_pw, sum(sizes))]
+    if vectors is None:
+        return [dx, *of_weights]
+    through, dscale, dshift = _through_on_load(dx, x, u, vectors)
+    return [through, *of_weights, dscale, dshift]
+
+
+def _through_on_load(du, x: Tensor, u: Tensor, vectors):
+    """The gradients of x, scale and shift from that of u; each with the sums of the sizes of its terms."""
+    center, scale, _ = (v.view(1, -1, 1, 1) for v in vectors)
+    du = [t * (u > 0) for t in du]
+    dscale = (du[0] * (x - center)).sum((0, 2, 3)), (du[1] * (x - center).abs()).sum((0, 2, 3))
+    return (du[0] * scale, du[1] * scale.abs()), dscale, tuple(t.sum((0, 2, 3)) for t in du)
 
 
 def _statistics(y: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -268,12 +327,9 @@ def _truth(p: Problem, x: Tensor, w: Tensor, bias: Tensor, dy: Tensor, vectors) 
     if vectors is None:
         dw = each(aten.wgrad, dy, x)
         return {"fprop": [each(aten.fprop, x, w, bias)], "dgrad": [dx], "wgrad": [dw], "dgrad_wgrad": [dx, dw]}
-    center, scale, shift = (v.view(1, -1, 1, 1) for v in vectors)
-    u = (scale * (x - center) + shift).relu()
-    du = [t * (u > 0) for t in dx]
-    through = du[0] * scale, du[1] * scale.abs()
-    dscale = (du[0] * (x - center)).sum((0, 2, 3)), (du[1] * (x - center).abs()).sum((0, 2, 3))
-    dw, dshift = each(aten.wgrad, dy, u), tuple(t.sum((0, 2, 3)) for t in du)
+    u = _on_load(x, vectors)
+    through, dscale, dshift = _through_on_load(dx, x, u, vectors)
+    dw = each(aten.wgrad, dy, u)
     return {"fprop": [each(aten.fprop, u, w, bias)], "wgrad": [dw], "dgrad_wgrad": [through, dw, dscale, dshift]}
 
 
@@ -396,11 +452,11 @@ def _driver(backend: Any) -> str:
 
 def table(results: list[Result]) -> str:
     """A line per dtype and family, a column per pass: the number of cases and the largest error."""
-    lines = [f"{'':11s}{'':27s}" + "".join(f"{name:>16s}" for name in (*PASSES, _BLOCK))]
+    lines = [f"{'':11s}{'':27s}" + "".join(f"{name:>16s}" for name in (*PASSES, _BLOCK, _BLOCK_BACKWARD))]
     for dtype, family in dict.fromkeys((result.dtype, result.family) for result in results):
         cells = []
         of_family = {r.pass_: r for r in results if (r.dtype, r.family) == (dtype, family)}
-        for result in (of_family.get(name) for name in (*PASSES, _BLOCK)):
+        for result in (of_family.get(name) for name in (*PASSES, _BLOCK, _BLOCK_BACKWARD)):
             passed = f"{result.cases} ({result.worst:.2f})" if result and result.cases else "-"
             cells.append(f"{'FAILED' if result and result.failure else passed:>16s}")
         lines.append(f"{str(dtype).removeprefix('torch.'):11s}{family:27s}" + "".join(cells))

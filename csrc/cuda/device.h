@@ -66,6 +66,16 @@ __device__ __forceinline__ V load(const V* p) {
   return value;
 }
 
+// Reads global memory that this thread wrote.
+template <class V>
+__device__ __forceinline__ V load_own(const V* p) {
+  using Word = typename detail::Word<sizeof(V)>::type;
+  const Word word = *reinterpret_cast<const Word*>(p);
+  V value;
+  memcpy(&value, &word, sizeof(V));
+  return value;
+}
+
 template <class V>
 __device__ __forceinline__ void store(V* p, const V& value) {
   using Word = typename detail::Word<sizeof(V)>::type;

@@ -255,6 +255,11 @@ V load(const V* p, const emulator::Site& site = emulator::here()) {
 }
 
 template <class V>
+V load_own(const V* p, const emulator::Site& site = emulator::here()) {
+  return load(p, site);
+}
+
+template <class V>
 void store(V* p, const V& value, const emulator::Site& site = emulator::here()) {
   static_assert(emulator::is_access_v<V>);
   emulator::global_access(p, sizeof(V), emulator::Direction::kStore, site);

@@ -26,18 +26,35 @@ constexpr bool built_for_mma() {
   return !std::is_same_v<T, float>;
 }
 
+inline uintptr_t checked_row(const void* row) {
+  const auto address = reinterpret_cast<uintptr_t>(row);
+  if (address % 16 != 0) throw emulator::Error("load_matrices() of a row that is not aligned to 16 bytes");
+  if (address - emulator::block.shared >= emulator::block.shared_bytes) {
+    throw emulator::Error("load_matrices() of what is not shared memory");
+  }
+  return address;
+}
+
 // Four 8x8 matrices: lane l passes row l % 8 of matrix l / 8, 16 bytes in shared memory, and gets numbers 2t and 2t + 1
 // of row g of each.
 inline void load_matrices(uint32_t (&to)[4], const void* row, const emulator::Site& site = emulator::here()) {
   const int lane = emulator::lane();
-  const auto mine = reinterpret_cast<uintptr_t>(row);
-  if (mine % 16 != 0) throw emulator::Error("load_matrices() of a row that is not aligned to 16 bytes");
-  if (mine - emulator::block.shared >= emulator::block.shared_bytes) {
-    throw emulator::Error("load_matrices() of what is not shared memory");
-  }
+  const uintptr_t mine = checked_row(row);
   for (int i = 0; i < 4; ++i) {
     const auto from = emulator::shuffle(0xffffffffu, mine, 8 * i + lane / 4, site);
     std::memcpy(&to[i], reinterpret_cast<const char*>(from) + 4 * (lane % 4), 4);
+  }
+}
+
+// The same of the matrices transposed: numbers 2t and 2t + 1 of column g, for factors whose rows lie along the sum.
+inline void load_transposed(uint32_t (&to)[4], const void* row, const emulator::Site& site = emulator::here()) {
+  const int lane = emulator::lane();
+  const uintptr_t mine = checked_row(row);
+  for (int i = 0; i < 4; ++i) {
+    for (int which = 0; which < 2; ++which) {
+      const auto from = emulator::shuffle(0xffffffffu, mine, 8 * i + lane % 4 * 2 + which, site);
+      std::memcpy(reinterpret_cast<char*>(&to[i]) + 2 * which, reinterpret_cast<const char*>(from) + 2 * (lane / 4), 2);
+    }
   }
 }
 
@@ -80,6 +97,15 @@ constexpr bool built_for_mma() {
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
 #if __CUDA_ARCH__ >= 750
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const void* row) {
+#if __CUDA_ARCH__ >= 750
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(static_cast<unsigned>(__cvta_generic_to_shared(row)))
                : "memory");

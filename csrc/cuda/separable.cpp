@@ -12,6 +12,10 @@ template <class T>
 SeparableKernel separable_fprop_nhwc();
 template <class T>
 SeparableKernel separable_fprop_nhwc_mma();
+template <class T>
+SeparableKernel separable_backward_nhwc();
+template <class T>
+SeparableKernel separable_backward_nhwc_mma();
 
 namespace {
 
@@ -20,9 +24,10 @@ std::vector<SeparableKernel> families() {
   if constexpr (std::is_same_v<T, double>) {
     return {};
   } else if constexpr (std::is_same_v<T, float>) {
-    return {separable_fprop_nhwc<T>()};
+    return {separable_fprop_nhwc<T>(), separable_backward_nhwc<T>()};
   } else {
-    return {separable_fprop_nhwc_mma<T>(), separable_fprop_nhwc<T>()};
+    return {separable_fprop_nhwc_mma<T>(), separable_fprop_nhwc<T>(), separable_backward_nhwc_mma<T>(),
+            separable_backward_nhwc<T>()};
   }
 }
 

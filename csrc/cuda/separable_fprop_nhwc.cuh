@@ -534,8 +534,9 @@ auto with_tile(const SeparableArgs& args, const Device& device, F&& f) {
   return f(FpropTile<T, 16, kMma, true>{});
 }
 
+// Why no kernel of the block takes a call, forward or backward; empty if one may.
 template <class T, bool kMma>
-std::string why_not(const SeparableArgs& args, const Device& device) {
+std::string why_not_any(const SeparableArgs& args, const Device& device) {
   const ConvShape& s = args.shape;
   if (!args.nhwc) return "the layout is NCHW";
   if (s.M != 1) return "the channel multiplier is not 1";
@@ -545,9 +546,17 @@ std::string why_not(const SeparableArgs& args, const Device& device) {
   const int64_t rows = int64_t{s.H} + s.pad_top + s.pad_bottom, cols = int64_t{s.W} + s.pad_left + s.pad_right;
   if (rows > INT32_MAX / 2 || cols > INT32_MAX / 2) return "the image is too large";
   if (args.x.c != 1) return "the channels of x are not neighbours";
-  const int64_t bytes = FpropTile<T, 16, kMma, true>::shared_bytes(s.C);
+  return "";
+}
+
+template <class T, bool kMma>
+std::string why_not(const SeparableArgs& args, const Device& device) {
+  if (args.backward) return "it makes no gradients";
+  const std::string reason = why_not_any<T, kMma>(args, device);
+  if (!reason.empty()) return reason;
+  const int64_t bytes = FpropTile<T, 16, kMma, true>::shared_bytes(args.shape.C);
   if (bytes > device.shared_bytes) {
-    return "16 pixels of " + std::to_string(s.C) + " channels take " + std::to_string(bytes) +
+    return "16 pixels of " + std::to_string(args.shape.C) + " channels take " + std::to_string(bytes) +
            " bytes of shared memory, of " + std::to_string(device.shared_bytes);
   }
   return "";
@@ -560,15 +569,13 @@ int64_t workspace_bytes(const SeparableArgs& args, const Device& device) {
                             [&](auto tile) { return moments_bytes(pixels(args), decltype(tile)::kM, args.K); });
 }
 
-template <class T, bool kMma>
-cudaError_t run(const SeparableArgs& args, const Device& device, cudaStream_t stream) {
+template <class T>
+FpropParams<T> fprop_params(const SeparableArgs& args) {
   const ConvShape& s = args.shape;
   const int64_t size = sizeof(T);
   FpropParams<T> p{};
   p.x = static_cast<const T*>(args.x.data), p.w_dw = static_cast<const T*>(args.w_dw);
   p.w_pw = static_cast<const T*>(args.w_pw), p.y = static_cast<T*>(args.y);
-  float* const moments = static_cast<float*>(args.workspace);
-  p.moments = args.mean ? moments : nullptr;
   p.image = args.x.n * size, p.row = args.x.h * size, p.col = args.x.w * size;
   p.pixels = static_cast<int32_t>(pixels(args)), p.C = s.C, p.K = args.K;
   p.H = s.H, p.W = s.W, p.R = s.R, p.S = s.S;
@@ -578,14 +585,23 @@ cudaError_t run(const SeparableArgs& args, const Device& device, cudaStream_t st
   p.on_load = OnLoadVectors(args.on_load), p.has_on_load = args.on_load.any();
   p.relu = args.activation == Activation::kRelu;
   p.slides = s.R == 3 && s.S == 3 && s.stride_w == 1 && s.dilation_w == 1;
+  return p;
+}
+
+template <class T, bool kMma>
+cudaError_t run(const SeparableArgs& args, const Device& device, cudaStream_t stream) {
+  const int32_t C = args.shape.C;
+  FpropParams<T> p = fprop_params<T>(args);
+  float* const moments = static_cast<float*>(args.workspace);
+  p.moments = args.mean ? moments : nullptr;
   return with_tile<T, kMma>(args, device, [&](auto tile) {
     using Tile = decltype(tile);
     if (p.pixels > 0) {
-      while (p.lanes_log2 < 5 && (Tile::kV << p.lanes_log2) < s.C) ++p.lanes_log2;
+      while (p.lanes_log2 < 5 && (Tile::kV << p.lanes_log2) < C) ++p.lanes_log2;
       p.run = std::max(4, Tile::kM / (Tile::kThreads >> p.lanes_log2));
       const unsigned blocks = static_cast<unsigned>((p.pixels - 1) / Tile::kM + 1);
       const cudaError_t error = launch(separable_fprop_nhwc_kernel<Tile>, dim3(blocks), dim3(Tile::kThreads),
-                                       static_cast<size_t>(Tile::shared_bytes(s.C)), stream, p);
+                                       static_cast<size_t>(Tile::shared_bytes(C)), stream, p);
       if (error != cudaSuccess) return error;
     }
     if (!args.mean) return cudaSuccess;

@@ -124,11 +124,9 @@ class CudaBackend(CompiledBackend):
     # Training blocks.
 
     def why_not_block(self, b: BlockProblem, backward: bool) -> str | None:
-        if backward:
-            return "it has no kernels for the gradients of blocks"
         if b.activation not in _ACTIVATIONS:
             return f"its kernels for blocks do not apply {b.activation}"
-        return _why_not_block(self, b)
+        return _why_not_block(self, b, backward)
 
     def block(self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load, statistics: bool):
         p = b.depthwise
@@ -140,8 +138,26 @@ class CudaBackend(CompiledBackend):
         tensors = _block_arguments(
             x, w_dw, w_pw, center, scale, shift, y, *((mean, m2) if statistics else (None, None))
         )
-        self._start(_block_call(self, b, relu), y, tensors)
+        self._start(_block_call(self, b, False, relu), y, tensors)
         return y, mean, m2
+
+    def block_backward(self, b: BlockProblem, dy, dmean, dm2, y, mean, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load):
+        p = b.depthwise
+        x, w_dw = _in_vectors(readable(x, p)), _aligned(w_dw.contiguous())
+        w_pw_t = w_pw.reshape(b.K, -1).t().contiguous()
+        if dmean is None and dm2 is None:
+            y = mean = None
+        else:
+            dmean, dm2 = (torch.zeros_like(mean) if v is None else v.contiguous() for v in (dmean, dm2))
+        dy, y = (None if t is None else _aligned(t.contiguous(memory_format=p.memory_format)) for t in (dy, y))
+        dx, dw_dw, dw_pw = self._empty(p.x, p, x), x.new_empty(p.w), x.new_empty(w_pw.shape)
+        center, scale, shift, relu = on_load or (None, None, None, None)
+        dscale, dshift = (None, None) if on_load is None else (torch.empty_like(scale), torch.empty_like(scale))
+        made = dy, y, mean, dmean, dm2, dx, dw_dw, dw_pw, dscale, dshift
+        self._start(
+            _block_call(self, b, True, relu), dx, _block_arguments(x, w_dw, w_pw_t, center, scale, shift, *made)
+        )
+        return dx, dw_dw, dw_pw, dscale, dshift
 
     # What the self-test keeps and prints.
 
@@ -209,17 +225,21 @@ def _call(backend: CudaBackend, pass_: int, p: Problem, relu: bool | None = None
 
 
 @lru_cache(maxsize=8192)
-def _block_call(backend: CudaBackend, b: BlockProblem, relu: bool | None):
+def _block_call(backend: CudaBackend, b: BlockProblem, backward: bool, relu: bool | None):
     module, p = backend.module, b.depthwise
     _, shape, dtype, nhwc, on_load, relu = prepared(module, FPROP, p, relu)
     options = dtype, nhwc, _ACTIVATIONS[b.activation], on_load, relu
-    return module.CudaSeparableCall(shape, b.K, *options, _card(p), backend.family)
+    return module.CudaSeparableCall(backward, shape, b.K, *options, _card(p), backend.family)
 
 
 @lru_cache(maxsize=8192)
-def _why_not_block(backend: CudaBackend, b: BlockProblem) -> str | None:
+def _why_not_block(backend: CudaBackend, b: BlockProblem, backward: bool) -> str | None:
     strides = torch.empty(b.depthwise.x, device="meta", memory_format=b.depthwise.memory_format).stride()
-    reasons = _block_call(backend, b, None).why_not((0, strides, *(0,) * 8))
+    reasons = _block_call(backend, b, backward, None).why_not((0, strides, *(0,) * (15 if backward else 8)))
+    reasons = [(family, reason) for family, reason in reasons if ("backward" in family) == backward]
+    if backend.family:  # which runs though another be preferred, or it be switched off
+        others = "comes after", "is switched off"
+        reasons = [(name, "" if why.startswith(others) else why) for name, why in reasons if name == backend.family]
     if any(not reason for _, reason in reasons):
         return None
     return "; ".join(f"{family}: {reason}" for family, reason in reasons) or f"it has none for {b.depthwise.dtype}"
@@ -227,6 +247,15 @@ def _why_not_block(backend: CudaBackend, b: BlockProblem) -> str | None:
 
 def _block_arguments(x: Tensor, *others: Tensor | None) -> tuple:
     return x.data_ptr(), x.stride(), *(0 if t is None else t.data_ptr() for t in others)
+
+
+def _aligned(t: Tensor) -> Tensor:
+    return t if t.data_ptr() % 16 == 0 else torch.empty_like(t).copy_(t)
+
+
+def _in_vectors(x: Tensor) -> Tensor:
+    """``x``, or a copy where its pixels are not aligned to vectors of channels."""
+    return _aligned(x) if all(x.stride(i) % 4 == 0 for i in (0, 2, 3)) else torch.empty_like(x).copy_(x)
 
 
 @lru_cache

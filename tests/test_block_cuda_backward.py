@@ -1,0 +1,125 @@
+"""The CUDA kernels of training blocks' gradients, emulated on the host and (``-m gpu``) on a card."""
+
+import pytest
+import torch
+from conv_cases import nbytes
+from test_block import gradients_of
+from test_block_cuda import CASES, DTYPES, EMULATED, counted, inputs, problem, square
+
+from xsep.ops import block
+from xsep.testing import assert_no_worse_than_torch
+
+MMA, PLAIN = "separable_backward_nhwc_mma", "separable_backward_nhwc"
+FAMILIES = [(dtype, family) for dtype in DTYPES for family in (MMA, PLAIN) if (dtype, family) != (torch.float32, MMA)]
+IDS = [f"{dtype}-{family}" for dtype, family in FAMILIES]
+NAMES = ("dx", "dw_dw", "dw_pw", "dscale", "dshift")
+TAKEN = {
+    **{name: CASES[name] for name, (case, K) in CASES.items() if case.C % 8 == K % 8 == 0 and case.R == case.S == 3},
+    "bands_of_rows": (square(72, 37, 19), 40),
+    "bands_of_both": (square(16, 33, 41, N=1), 24),
+    "large_stride2": (square(16, 41, 39, stride=2), 24),
+    "many_small_images": (square(16, 3, 5, N=37), 24),
+}
+
+
+def drawn(case, K, dtype, device):
+    """What backward takes: dy, dmean, dm2, y and mean."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*sizes):
+        return torch.randn(sizes, generator=generator, dtype=torch.float64)
+
+    images = (torch.empty(case.N, K, *case.y_sizes[2:], dtype=dtype, device=device) for _ in range(2))
+    dy, y = (t.contiguous(memory_format=torch.channels_last).copy_(draw(*t.shape)) for t in images)
+    dmean, dm2, mean = (draw(K).to(device, torch.float32) for _ in range(3))
+    return dy, dmean, dm2 / 16, y, mean
+
+
+def results(backend, b, given, x, vectors, w_dw, w_pw, statistics, on_load):
+    dy, dmean, dm2, y, mean = given
+    given = given if statistics else (dy, None, None, None, None)
+    return backend.block_backward(b, *given, x, w_dw, w_pw, (*vectors, True) if on_load else None)
+
+
+def check(backend, case, K, dtype, family, activation=None, statistics=True, on_load=True, what=""):
+    x, *vectors, w_dw, w_pw = inputs(case, K, dtype, backend.device)
+    b, given = problem(case, K, x, on_load, activation), drawn(case, K, dtype, backend.device)
+    ours = results(backend.only(family), b, given, x, vectors, w_dw, w_pw, statistics, on_load)
+    assert ours[0].is_contiguous(memory_format=torch.channels_last)
+    tensors = (x, vectors, w_dw, w_pw)
+    theirs, truth = (gradients_of(case, cast, given, tensors, activation, statistics, on_load) for cast in (False, True))
+    for name, mine, yours, exact in zip(NAMES, ours, theirs, truth):
+        if mine is not None:
+            assert_no_worse_than_torch(mine, yours, exact, f"{name} of {what} in {dtype}, {family}")
+
+
+@pytest.mark.parametrize(("dtype", "family"), FAMILIES, ids=IDS)
+@pytest.mark.parametrize("name", sorted(TAKEN))
+def test_cases(name, dtype, family, cuda):
+    if cuda.name == "cuda" and family == MMA and cuda.card(0).arch < 80:
+        pytest.skip("the card has no tensor cores for this")
+    case, K = TAKEN[name]
+    check(cuda, case, K, dtype, family, None, True, True, name)
+    check(cuda, case, K, dtype, family, "relu", False, True, name)
+    check(cuda, case, K, dtype, family, None, False, False, name)
+
+
+@pytest.mark.parametrize(("dtype", "family"), FAMILIES, ids=IDS)
+@pytest.mark.parametrize("name", ["tails_of_everything", "bands_of_both", "stride2", "many_small_images"])
+def test_results_do_not_depend_on_the_order_of_threads(name, dtype, family):
+    import xsep
+
+    case, K = TAKEN[name]
+    x, *vectors, w_dw, w_pw = inputs(case, K, dtype)
+    b, given = problem(case, K, x, activation="relu"), drawn(case, K, dtype, "cpu")
+    found = []
+    with xsep.backend("cuda-emulated"):
+        for order in ("ascending", "descending", "1", "2"):
+            EMULATED.module.set_order(order)
+            found.append(results(EMULATED.only(family), b, given, x, vectors, w_dw, w_pw, True, True))
+        EMULATED.module.set_order("ascending")
+    for other in found[1:]:
+        assert all(torch.equal(*pair) for pair in zip(found[0], other))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_slices_and_an_empty_batch(dtype, cuda):
+    """Aligned to vectors and not: the same numbers as of a dense input.  Of no images, zeros."""
+    case, K = square(16, 7, 9), 24
+    x, *vectors, w_dw, w_pw = inputs(case, K, dtype, cuda.device)
+    b, given = problem(case, K, x), drawn(case, K, dtype, cuda.device)
+    expected = results(cuda, b, given, x, vectors, w_dw, w_pw, True, True)
+    larger = x.new_full((3, 40, 9, 12), torch.nan).contiguous(memory_format=torch.channels_last)
+    for first in (8, 3):
+        part = larger[1:, first : first + 16, 1:8, 2:11]
+        part.copy_(x)
+        for ours, same in zip(results(cuda, b, given, part, vectors, w_dw, w_pw, True, True), expected):
+            assert torch.equal(ours, same)
+        part.fill_(torch.nan)
+    case = square(16, 7, 9, N=0)
+    x, *vectors, w_dw, w_pw = inputs(case, K, dtype, cuda.device)
+    dx, *others = results(
+        cuda, problem(case, K, x), drawn(case, K, dtype, cuda.device), x, vectors, w_dw, w_pw, True, True
+    )
+    assert dx.shape == x.shape and all(not t.any() for t in others)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bytes(dtype):
+    """No byte of z or dz is stored: only dx, the whole gradient of y, and sums."""
+    case, K = square(64, 32, 32, N=2), 128
+    x, *vectors, w_dw, w_pw = inputs(case, K, dtype)
+    b, given = problem(case, K, x), drawn(case, K, dtype, "cpu")
+    with counted() as launches:
+        results(EMULATED, b, given, x, vectors, w_dw, w_pw, True, True)
+    gradient, main, *_ = launches
+    assert gradient["loads"]["distinct_sectors"] * 32 == 2 * nbytes(given[0]) + 3 * 4 * K
+    assert gradient["stores"]["bytes"] == gradient["stores"]["accesses"][16] * 16 == nbytes(given[0])
+    parts, taken = main["grid"], 11
+    regions = (main["stores"]["bytes"] - nbytes(x)) // 4
+    # Sums of dw_pw are stored once for each region, those of dw_dw too: nothing else but dx.
+    assert (main["stores"]["bytes"] - nbytes(x)) % (4 * 64 * (K + taken)) == 0
+    assert regions // (64 * (K + taken)) >= parts
+    touched = main["loads"]["distinct_sectors"] * 32
+    needed = nbytes(x) + nbytes(given[0]) + nbytes(w_dw) + nbytes(w_pw) + 3 * 4 * 64
+    assert needed <= touched <= needed + 4 * 64 * K * parts  # its own sums, read back
