@@ -6,9 +6,12 @@ A stand-in takes the place of what torch itself lacks; torch 2.0.1 needs them al
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Callable, Iterator
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from torch.library import Library
 
 try:
@@ -32,6 +35,20 @@ def fills_memory() -> bool:
 def itemsize(dtype: torch.dtype) -> int:
     """The bytes of a floating-point number."""
     return dtype.itemsize if hasattr(dtype, "itemsize") else torch.finfo(dtype).bits // 8
+
+
+@cache
+def _sums_in_bfloat16() -> bool:
+    """Whether the CPU's convolutions of bfloat16 round after each addition, as torch 2.0.1's do without AVX512."""
+    x, w = (torch.ones(2, 512, extent, extent, dtype=torch.bfloat16) for extent in (2, 1))
+    return bool((F.conv2d(x, w) != 512).any())  # they get to 256, where 1 is half the distance of two numbers
+
+
+def pointwise_conv2d(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.conv2d``, which sums in float32 or wider: from a bias on, rounding after each addition costs the most."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not _sums_in_bfloat16():
+        return F.conv2d(x, w, bias)
+    return F.conv2d(x.float(), w.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._compat import register_autograd, register_fake, register_flop_formula
+from .._compat import pointwise_conv2d, register_autograd, register_fake, register_flop_formula
 from . import aten, backends, block
 from .library import GEOMETRY, flops, implement, lib, ops, problem_of, register_autocast
 from .problem import BlockProblem, check_same, is_nhwc, memory_format, output_sizes
@@ -49,7 +49,7 @@ def _block_inference(x, w_dw, w_pw, w_dw_bias, bias, residual, relu, activation,
         return chosen.block_inference(b, x, w_dw, w_pw, w_dw_bias, bias, residual, activation, out_activation)
     z = chosen.fprop(p, x, w_dw, w_dw_bias, block._on_load(x, None, None, None, relu))
     z = _activated(z, activation, inplace=True)
-    y = F.conv2d(z, block._pointwise(w_pw), bias).contiguous(memory_format=p.memory_format)
+    y = pointwise_conv2d(z, block._pointwise(w_pw), bias).contiguous(memory_format=p.memory_format)
     if residual is not None:
         y += residual
     return _activated(y, out_activation, inplace=True)
