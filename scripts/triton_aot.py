@@ -54,7 +54,8 @@ PROBLEMS = {
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 _PTX_ARCH = re.compile(r"\.target (sm_\w+)")
-_BLOCK = len(PASSES)  # as a pass: the training block, forward
+_BLOCK, _BLOCK_BACKWARD, _BLOCK_INFERENCE = range(len(PASSES), len(PASSES) + 3)  # as passes: those of blocks
+_NAMES = (*PASSES, "block", "backward", "inference")
 _MATRIX = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
 
 
@@ -64,7 +65,7 @@ class Job(NamedTuple):
     dtype: str
     nhwc: bool
     pass_: int
-    config: configs.Config | configs.BlockConfig
+    config: configs.Config | configs.BlockConfig | configs.GradientsConfig
 
 
 class Row(NamedTuple):
@@ -96,9 +97,13 @@ def jobs(targets, problems, dtypes, most: int) -> list[Job]:
         for dtype in dtypes:
             if "block" in PROBLEMS[name]:
                 b = block(name, DTYPES[dtype])
-                if configs.why_not_fused(b) is None:
-                    config = configs.block_config(b)
-                    found += [Job(each, name, dtype, True, _BLOCK, config) for each in targets if each != "sm_75"]
+                for pass_, reason, config in (
+                    (_BLOCK, configs.why_not_fused(b), configs.block_config(b)),
+                    (_BLOCK_BACKWARD, configs.why_not_gradients_fused(b), configs.gradients_config(b)),
+                    (_BLOCK_INFERENCE, configs.why_not_fused(b, inference=True), configs.block_config(b)),
+                ):
+                    if reason is None:
+                        found += [Job(each, name, dtype, True, pass_, config) for each in targets if each != "sm_75"]
                 continue
             for nhwc in (True, False):
                 p = problem(name, DTYPES[dtype], nhwc)
@@ -128,10 +133,21 @@ def _started(job: Job) -> list[tuple]:
     on_load = None
     if PROBLEMS[job.problem].get("on_load"):
         on_load = (*(torch.empty(p.x[1], dtype=wide, device="meta") for _ in range(3)), True)
-    if job.pass_ == _BLOCK:
+    if job.pass_ >= _BLOCK:
         b = block(job.problem, p.dtype)
         w_pw = torch.empty((b.K, p.w[0], 1, 1), dtype=p.dtype, device="meta")
+        y = torch.empty((p.y[0], b.K, *p.y[2:]), dtype=p.dtype, device="meta", memory_format=p.memory_format)
+        w_dw_bias, bias, mean = (
+            w[:, 0, 0, 0].contiguous(),
+            w_pw[:, 0, 0, 0].contiguous(),
+            torch.empty(b.K, device="meta"),
+        )
+    if job.pass_ == _BLOCK:
         launch.block(b, x, w, w_pw, on_load, True, job.config, record)
+    elif job.pass_ == _BLOCK_BACKWARD:
+        launch.block_backward(b, y, mean, mean, y, mean, x, w, w_pw, on_load, job.config, 132, record)
+    elif job.pass_ == _BLOCK_INFERENCE:
+        launch.block_inference(b, x, w, w_pw, w_dw_bias, bias, y, "relu6", job.config, record)
     elif job.pass_ == FPROP:
         launch.fprop(p, x, w, None, on_load, job.config, 132, record)
     else:
@@ -225,6 +241,26 @@ def _widest_amd(text: str, name: str) -> int:
     return max((sizes[each] for each in found), default=0)
 
 
+def _printed(rows: list[Row]) -> list[Row]:
+    """The kernels of a job but those that sum partial results, which are the same for all."""
+    return [row for row in rows if row.kernel != "reduce_partials_kernel"]
+
+
+def _pass(row: Row) -> str:
+    """What a kernel makes: the gradients of blocks take several."""
+    name = _NAMES[row.job.pass_]
+    return {"block_wgrad_kernel": "block_wgrad", "block_dgrad_kernel": "block_dgrad"}.get(row.kernel, name)
+
+
+def _tile(row: Row) -> str:
+    config = row.job.config
+    if isinstance(config, configs.GradientsConfig):
+        if row.kernel == "through_statistics_kernel":
+            return "-"
+        config = config.wgrad if row.kernel == "block_wgrad_kernel" else config.dgrad
+    return "x".join(map(str, config[:3])) + f"-w{config.warps}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
@@ -241,14 +277,14 @@ def main() -> int:
     spilling = 0
     with ProcessPoolExecutor(options.jobs) as pool:
         for rows in pool.map(compile_job, todo, chunksize=4):
-            row = rows[0]
-            job, tile = row.job, "x".join(map(str, row.job.config[:3])) + f" w{row.job.config.warps}"
-            print(
-                f"{job.target:8s} {job.problem:15s} {job.dtype:8s} {'NHWC' if job.nhwc else 'NCHW':6s} "
-                f"{(*PASSES, 'block')[job.pass_]:11s} {tile:14s} {row.registers:9d} {row.spilled:7d} {row.shared:6d} "
-                f"{row.load:4d} {row.store:5d} {row.matrix}",
-                flush=True,
-            )
+            for row in _printed(rows):
+                job = row.job
+                print(
+                    f"{job.target:8s} {job.problem:15s} {job.dtype:8s} {'NHWC' if job.nhwc else 'NCHW':6s} "
+                    f"{_pass(row):11s} {_tile(row):14s} {row.registers:9d} {row.spilled:7d} {row.shared:6d} "
+                    f"{row.load:4d} {row.store:5d} {row.matrix}",
+                    flush=True,
+                )
             spilling += any(each.spilled for each in rows)
     print(f"{spilling} of {len(todo)} spill")
     return 1 if spilling else 0

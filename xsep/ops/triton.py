@@ -43,7 +43,7 @@ def _launch() -> tuple[Any, str]:
 
 
 class TritonBackend:
-    """The maps of ``backends.Backend``, and of ``backends.FusedBackend`` what one kernel makes: blocks, forward.
+    """The maps of ``backends.FusedBackend``.
 
     ``tunes`` is False where configurations are the model's: in the self-test, and ``traced`` by a compiler.
     """
@@ -125,23 +125,55 @@ class TritonBackend:
         return dx, dw, sums[0], sums[1]
 
     def why_not_block(self, b: BlockProblem, backward: bool) -> str | None:
-        if backward:
-            return "it has no kernel for the gradients of blocks"
-        dtype, index = b.depthwise.dtype, max(b.depthwise.device_index, 0)
-        if self.card(index).arch_name == "sm_75":
-            return "Triton does not use the tensor cores of sm_75"
-        failed = _why_failed(self, self.block_family, dtype, index) if self.device == "cuda" else None
-        return failed or configs.why_not_fused(b)
+        weighed = configs.why_not_gradients_fused if backward else configs.why_not_fused
+        return self._why_no_blocks(b) or weighed(b)
 
     def block(self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load, statistics: bool):
         """(y, mean, m2), the last two empty without ``statistics``."""
+        config = configs.INTERPRETED_BLOCK if self.device == "cpu" else configs.block_config(b)
+        x = readable(x, b.depthwise)
+        return self._run_block(b, lambda launch: launch.block(b, x, w_dw, w_pw, on_load, statistics, config))
+
+    def block_backward(self, b: BlockProblem, dy, dmean, dm2, y, mean, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load):
+        """(dx, dw_dw, dw_pw, dscale, dshift), the last two None without ``on_load``."""
+        config = configs.INTERPRETED_GRADIENTS if self.device == "cpu" else configs.gradients_config(b)
+        x = readable(x, b.depthwise)
+        tensors = dy, dmean, dm2, y, mean, x, w_dw, w_pw, on_load
+        multiprocessors = self.card(max(b.depthwise.device_index, 0)).multiprocessors
+        return self._run_block(b, lambda launch: launch.block_backward(b, *tensors, config, multiprocessors))
+
+    def why_not_block_inference(self, b: BlockProblem) -> str | None:
+        return self._why_no_blocks(b) or configs.why_not_fused(b, inference=True)
+
+    def block_inference(
+        self,
+        b: BlockProblem,
+        x: Tensor,
+        w_dw: Tensor,
+        w_pw: Tensor,
+        w_dw_bias,
+        bias,
+        residual,
+        activation,
+        out_activation,
+    ) -> Tensor:
+        config = configs.INTERPRETED_BLOCK if self.device == "cpu" else configs.block_config(b)
+        tensors = readable(x, b.depthwise), w_dw, w_pw, w_dw_bias, bias, residual
+        return self._run_block(b, lambda launch: launch.block_inference(b, *tensors, out_activation, config))
+
+    def _why_no_blocks(self, b: BlockProblem) -> str | None:
+        """Why it makes none for a dtype on a card."""
+        index = max(b.depthwise.device_index, 0)
+        if self.card(index).arch_name == "sm_75":
+            return "Triton does not use the tensor cores of sm_75"
+        return _why_failed(self, self.block_family, b.depthwise.dtype, index) if self.device == "cuda" else None
+
+    def _run_block(self, b: BlockProblem, run):
         index = max(b.depthwise.device_index, 0)
         if self.device == "cuda" and index != torch.cuda.current_device():
             with torch.cuda.device(index):
-                return self.block(b, x, w_dw, w_pw, on_load, statistics)
-        x = readable(x, b.depthwise)
-        config = configs.INTERPRETED_BLOCK if self.device == "cpu" else configs.block_config(b)
-        return _launch()[0].block(b, x, w_dw, w_pw, on_load, statistics, config)
+                return run(_launch()[0])
+        return run(_launch()[0])
 
     def traced(self) -> TritonBackend:
         """This backend in an operator that compilation sees through."""

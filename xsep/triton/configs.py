@@ -18,9 +18,13 @@ _PROGRAMS = 4  # a multiprocessor, at least, before strips grow longer
 # output that a tile computes beyond the edge.
 _HALO, _IDLE = 0.4, 0.5
 # An instruction of each of an H100's lanes, in bytes from its memory; instructions of a tap: convert and multiply-add,
-# with a function on load also subtract, multiply-add, compare and select twice.
+# with a ReLU also compare and select, with a function on load also subtract, multiply-add and select.
 _INSTRUCTION = 0.1
-_TAP, _TAP_ON_LOAD = 2, 7
+_TAP, _TAP_RELU, _TAP_ON_LOAD = 2, 4, 7
+_BLOCK_PROGRAMS = 2  # of the gradients of blocks, a multiprocessor
+_STRIP = 4  # a strip of a block's dgrad is at least so many times as long as what of dz is made twice
+_SUMMED = 2048  # pixels, at least, of a partial sum for the pointwise weights
+_SLOT = 160 << 10  # bytes of dz that a program may keep: those of all programs are to stay in the second-level cache
 
 
 class Config(NamedTuple):
@@ -45,7 +49,20 @@ class BlockConfig(NamedTuple):
     warps: int
 
 
+class GradientsConfig(NamedTuple):
+    """Tiles of a block's gradients.
+
+    ``wgrad``: a program sums ``block_k`` x ``block_c`` gradients of w_pw, ``pixels`` at a time.  ``dgrad``: it makes
+    ``pixels`` x ``block_c`` of dz, ``block_k`` channels of y at a time, and uses ``x_pixels`` at a time.
+    """
+
+    wgrad: BlockConfig
+    dgrad: BlockConfig
+    x_pixels: int
+
+
 INTERPRETED_BLOCK = BlockConfig(128, 64, 64, 1)
+INTERPRETED_GRADIENTS = GradientsConfig(INTERPRETED_BLOCK, INTERPRETED_BLOCK, 128)
 
 
 class Grid(NamedTuple):
@@ -142,27 +159,113 @@ def block_config(b: BlockProblem) -> BlockConfig:
     return BlockConfig(64, 32, min(block_k, 256), warps=8 if block_k >= 128 else 4)
 
 
-def why_not_fused(b: BlockProblem) -> str | None:
+def gradients_config(b: BlockProblem) -> GradientsConfig:
+    """Sums of gradients fill the registers: 64 of a thread in wgrad, 4 for each tap beside 32 of dz in dgrad."""
+    if itemsize(b.depthwise.dtype) == 4:
+        return GradientsConfig(BlockConfig(32, 32, 64, warps=4), BlockConfig(64, 32, 32, warps=4), x_pixels=16)
+    block_k = min(256, max(16, 1 << (b.K - 1).bit_length()))
+    wgrad = BlockConfig(64, 64, block_k, warps=8 if block_k >= 128 else 4)
+    return GradientsConfig(wgrad, BlockConfig(128, 64, 32, warps=8), x_pixels=16)
+
+
+def ring(b: BlockProblem, config: BlockConfig) -> int:
+    """Pixels of dz that a program of dgrad keeps: what a tile of x meets, and one tile more; a power of two."""
+    p = b.depthwise
+    (_, _, _, W), (_, _, P, Q) = p.x, p.y
+    rows = ((config.pixels + W - 2) // max(1, W) + (p.w[2] - 1) * p.dilation[0]) // p.stride[0] + 1
+    return 1 << (min(rows, P) * Q + config.pixels - 1).bit_length()
+
+
+class GradientsGrid(NamedTuple):
+    """How programs share x: strips of ``rows`` rows, which ``splits`` programs for each block of channels take."""
+
+    rows: int
+    strips: int
+    c_blocks: int
+    splits: int
+
+
+def gradients_grid(b: BlockProblem, config: BlockConfig, multiprocessors: int) -> GradientsGrid:
+    """Strips of the length that leaves a unit for each program, but not so short that much of dz is made twice."""
+    p = b.depthwise
+    N, C, H, _ = p.x
+    c_blocks = ceil_div(C, config.block_c)
+    programs = max(1, _BLOCK_PROGRAMS * multiprocessors // c_blocks)
+    shortest = max(1, _STRIP * (p.w[2] - 1) * p.dilation[0])
+    rows = max(ceil_div(H, ceil_div(programs, max(1, N))), min(H, shortest), 1)
+    strips = ceil_div(H, rows)
+    return GradientsGrid(rows, strips, c_blocks, min(N * strips, programs))
+
+
+def wgrad_splits(b: BlockProblem, config: BlockConfig, multiprocessors: int) -> int:
+    """Partial sums of the gradient of w_pw: as many as the card has room for, of not too few pixels."""
+    N, _, P, Q = b.depthwise.y
+    programs = ceil_div(b.K, config.block_k) * ceil_div(b.depthwise.x[1], config.block_c)
+    return min(ceil_div(N * P * Q, _SUMMED), max(1, _BLOCK_PROGRAMS * multiprocessors // programs))
+
+
+def why_not_fused(b: BlockProblem, inference: bool = False) -> str | None:
     """Why to compose a block, from its sizes: what one kernel saves, z written and read, against what it does more.
 
     The depthwise part is made again for each tile of K; and for float32, whose sums no tensor core makes as torch does,
     torch's matrix product is taken to be twice as fast.
     """
     p, config = b.depthwise, block_config(b)
-    if not p.nhwc:
-        return "it makes blocks of channels_last tensors only"
-    if p.w[0] != p.x[1]:
-        return "it makes no blocks with a channel multiplier"
-    if b.activation not in (None, "relu"):
-        return f"it makes no blocks with {b.activation} between the convolutions"
-    if p.dtype == torch.float64:
-        return "it makes no blocks of float64"
+    reason = _why_not_kind(b)
+    if reason is not None:
+        return reason
     tiles = ceil_div(b.K, config.block_k)
     if ceil_div(p.x[0] * p.y[2] * p.y[3], config.pixels) * tiles >= 2**31 - 2**16:
         return "it would take more than 2^31 programs"
-    instructions = (tiles - 1) * p.w[2] * p.w[3] * (_TAP_ON_LOAD if b.on_load else _TAP)
+    instructions = (tiles - 1) * _depthwise_instructions(b, inference)
     if p.dtype == torch.float32:
         instructions += tiles * config.block_k
     if instructions * _INSTRUCTION > 2 * itemsize(p.dtype):
         return f"by the model, to store z costs less than what one kernel does more for {b.K} channels of {p.dtype}"
     return None
+
+
+def why_not_gradients_fused(b: BlockProblem) -> str | None:
+    """The same for its gradients: z and dz written and read, against what their kernels do more.
+
+    z is made for each tile of K, and once more for its ReLU; dz goes through the second-level cache; the two products
+    of float32 are torch's at half the speed; and partial sums for the pointwise weights are written and read.
+    """
+    p, config = b.depthwise, gradients_config(b)
+    reason = _why_not_kind(b)
+    if reason is not None:
+        return reason
+    if p.w[2] * p.w[3] > HELD:
+        return f"it makes gradients of blocks with filters of up to {HELD} taps only"
+    if max(p.x[2] * p.x[3], p.y[2] * p.y[3]) >= 2**31 - 2**16:
+        return "an image has more than 2^31 pixels"
+    kept = ring(b, config.dgrad) * config.dgrad.block_c * itemsize(p.dtype)
+    if kept > _SLOT:
+        return f"{kept >> 10} KB of dz for each program would not stay in the caches"
+    again = ceil_div(b.K, config.wgrad.block_k) - 1 + (b.activation is not None)
+    instructions = again * _depthwise_instructions(b, inference=False)
+    if p.dtype == torch.float32:
+        instructions += 2 * b.K
+    more = instructions * _INSTRUCTION + _HALO * 2 * itemsize(p.dtype) + 2 * 4 * b.K / _SUMMED
+    if more > 4 * itemsize(p.dtype):
+        return f"by the model, to store z and dz costs less than to make them again for {b.K} channels of {p.dtype}"
+    return None
+
+
+def _why_not_kind(b: BlockProblem) -> str | None:
+    p = b.depthwise
+    if not p.nhwc:
+        return "it makes blocks of channels_last tensors only"
+    if p.w[0] != p.x[1]:
+        return "it makes no blocks with a channel multiplier"
+    if b.activation not in (None, "relu", "relu6"):
+        return f"it makes no blocks with {b.activation} between the convolutions"
+    if p.dtype == torch.float64:
+        return "it makes no blocks of float64"
+    return None
+
+
+def _depthwise_instructions(b: BlockProblem, inference: bool) -> int:
+    """For a number of z; in inference the function on load is a ReLU."""
+    on_load = _TAP_RELU if inference else _TAP_ON_LOAD
+    return b.depthwise.w[2] * b.depthwise.w[3] * (on_load if b.on_load else _TAP)

@@ -23,11 +23,12 @@ HELD = tl.constexpr(configs.HELD)
 
 @triton.jit
 def applied(v, inside, vectors, ON_LOAD: tl.constexpr, RELU: tl.constexpr):
-    """u, zero outside of the image: padding is of the result.  ``vectors`` are center, scale and shift."""
+    """u, zero outside of the image: padding is of the result.  ``vectors`` are center, scale and shift, of ON_LOAD."""
     if ON_LOAD:
         v = vectors[1][None, :] * (v - vectors[0][None, :]) + vectors[2][None, :]
-        if RELU:
-            v = tl.where(v < 0, 0.0, v)  # NaN stays NaN
+    if RELU:
+        v = tl.where(v < 0, 0.0, v)  # NaN stays NaN
+    if ON_LOAD:
         v = tl.where(inside, v, 0.0)
     return v
 

@@ -16,14 +16,16 @@ from triton.runtime import JITFunction
 from .._compat import itemsize
 from ..ops.problem import BlockProblem, Problem
 from . import configs
-from .block import block_kernel
-from .configs import DGRAD, DGRAD_WGRAD, FPROP, HELD, WGRAD, BlockConfig, Config, ceil_div
+from .block import block_dgrad_kernel, block_kernel, block_wgrad_kernel, through_statistics_kernel
+from .configs import DGRAD, DGRAD_WGRAD, FPROP, HELD, WGRAD, BlockConfig, Config, GradientsConfig, ceil_div
 from .kernels import depthwise_backward_kernel, depthwise_fprop_kernel, reduce_partials_kernel
 
 INTERPRETED = not isinstance(depthwise_fprop_kernel, JITFunction)  # TRITON_INTERPRET=1 was set at import
 _ACC = {torch.float64: tl.float64}
 _LONGEST = 31  # taps of a program's sums
 _REDUCED, _REDUCED_SPLITS = 128, 8  # tile of the sum of partial results
+_THROUGH = 1024  # numbers of a program that only passes over them
+_STAGES = 3  # of the product that makes dz: slices of its factors under way
 
 Start = Callable[[Any, Any, tuple, dict[str, Any]], None]
 
@@ -217,52 +219,215 @@ def block(
     config: BlockConfig,
     start: Start = start,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    p, K = b.depthwise, b.K
-    (N, C, H, W), (_, _, R, S), (P, Q) = p.x, p.w, p.y[2:]
-    pixels = N * P * Q
-    y = torch.empty((N, K, P, Q), dtype=p.dtype, device=x.device, memory_format=p.memory_format)
-    tiles, k_blocks = ceil_div(pixels, config.pixels), ceil_div(K, config.block_k)
-    parts = torch.empty((tiles, 3, K), dtype=torch.float32, device=x.device) if statistics else None
-    if pixels > 0:
-        align = _aligned(p, x)
-        align_k = math.gcd(K, 16 // itemsize(p.dtype))
-        x_n, _, x_h, x_w = _strides(x, align)
-        start(
-            block_kernel,
-            tiles * k_blocks,
-            (
-                x,
-                w_dw.reshape(C, R * S).t().contiguous(),
-                w_pw.reshape(K, C).contiguous(),
-                y,
-                parts,
-                *_vectors(on_load),
-                *(x_n, x_h, x_w, H, W, P, Q, C // align, K // align_k, pixels),
-                *(*_geometry(p), k_blocks),
-            ),
-            dict(
-                R=R,
-                S=S,
-                STRIDE_H=p.stride[0],
-                STRIDE_W=p.stride[1],
-                ON_LOAD=b.on_load,
-                RELU=b.on_load and on_load[3],
-                ACTIVATE=b.activation == "relu",
-                STATISTICS=statistics,
-                ALIGN=align,
-                ALIGN_K=align_k,
-                WIDE=pixels >= 2**31 - 2**16,
-                BLOCK=config.pixels,
-                BLOCK_C=config.block_c,
-                BLOCK_K=config.block_k,
-                num_warps=config.warps,
-                num_stages=1,  # a second would keep a tile of x for each tap in shared memory
-            ),
-        )
+    """(y, mean, m2), the last two empty without ``statistics``."""
+    tiles = ceil_div(_pixels(b), config.pixels)
+    parts = torch.empty((tiles, 3, b.K), dtype=torch.float32, device=x.device) if statistics else None
+    y = _block(b, x, w_dw, w_pw, parts, on_load, (None,) * 3, None, config, start)
     if parts is None:
         nothing = x.new_empty(0, dtype=torch.float32)
         return y, nothing, nothing.clone()
-    return (y, *_merged(parts, config.pixels, pixels))
+    return (y, *_merged(parts, config.pixels, _pixels(b)))
+
+
+def block_inference(
+    b: BlockProblem,
+    x: Tensor,
+    w_dw: Tensor,
+    w_pw: Tensor,
+    w_dw_bias: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_activation: str | None,
+    config: BlockConfig,
+    start: Start = start,
+) -> Tensor:
+    added = (
+        None if w_dw_bias is None else w_dw_bias.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if residual is None else residual.contiguous(memory_format=torch.channels_last),
+    )
+    on_load = (None, None, None, True) if b.on_load else None
+    return _block(b, x, w_dw, w_pw, None, on_load, added, out_activation, config, start)
+
+
+def _block(b, x, w_dw, w_pw, parts, on_load, added, out_activation, config, start: Start) -> Tensor:
+    """y; ``added`` are the depthwise bias, the bias and the residual, or None each."""
+    N, _, P, Q = b.depthwise.y
+    y = torch.empty((N, b.K, P, Q), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    pixels, k_blocks = _pixels(b), ceil_div(b.K, config.block_k)
+    if pixels > 0:
+        align, align_k = _aligned(b.depthwise, x), _aligned_k(b)
+        tensors = x, _taps_first(w_dw), w_pw.reshape(b.K, -1).contiguous(), y, parts, *_vectors(on_load), *added
+        start(
+            block_kernel,
+            ceil_div(pixels, config.pixels) * k_blocks,
+            (*tensors, *_sizes(b, x, align, align_k), pixels, *_geometry(b.depthwise), k_blocks),
+            dict(
+                _block_constants(b, on_load, align, align_k, config),
+                OUT_ACTIVATION=out_activation,
+                WIDE=_wide_pixels(b),
+            ),
+        )
+    return y
+
+
+def block_backward(
+    b: BlockProblem,
+    dy,
+    dmean,
+    dm2,
+    y,
+    mean,
+    x: Tensor,
+    w_dw: Tensor,
+    w_pw: Tensor,
+    on_load,
+    config: GradientsConfig,
+    multiprocessors: int,
+    start: Start = start,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(dx, dw_dw, dw_pw, dscale, dshift), the last two None without a function on load."""
+    if dmean is None and dm2 is None:
+        g = dy.contiguous(memory_format=torch.channels_last)
+    else:
+        g = _through_statistics(b, dy, dmean, dm2, y, mean, start)
+    dw_pw = _block_wgrad(b, g, x, w_dw, on_load, config.wgrad, multiprocessors, start)
+    dx, dw_dw, sums = _block_dgrad(b, g, x, w_dw, w_pw, on_load, config, multiprocessors, start)
+    return dx, dw_dw, dw_pw, *((None, None) if sums is None else sums)
+
+
+def _through_statistics(b: BlockProblem, dy, dmean, dm2, y, mean, start: Start) -> Tensor:
+    """The whole gradient of y: dy + dmean / count + 2 (y - mean) dm2, where what is None is zero."""
+    pixels, align_k = _pixels(b), _aligned_k(b)
+    g = torch.empty_like(y, memory_format=torch.channels_last)
+    offset = torch.zeros_like(mean) if dmean is None else dmean / max(1, pixels)
+    slope = torch.zeros_like(mean) if dm2 is None else 2 * dm2
+    if pixels > 0:
+        y, dy = (None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (y, dy))
+        start(
+            through_statistics_kernel,
+            ceil_div(pixels * b.K, _THROUGH),
+            (dy, y, mean.contiguous(), offset, slope, g, pixels, b.K // align_k),
+            dict(ALIGN_K=align_k, BLOCK=_THROUGH, num_warps=4),
+        )
+    return g
+
+
+def _block_wgrad(
+    b: BlockProblem,
+    g: Tensor,
+    x: Tensor,
+    w_dw: Tensor,
+    on_load,
+    config: BlockConfig,
+    multiprocessors: int,
+    start: Start,
+) -> Tensor:
+    """The gradient of w_pw from the whole one of y."""
+    C, vectors = x.shape[1], _vectors(on_load)
+    align, align_k = _aligned(b.depthwise, x), _aligned_k(b)
+    k_blocks, c_blocks = ceil_div(b.K, config.block_k), ceil_div(C, config.block_c)
+    splits = configs.wgrad_splits(b, config, multiprocessors)
+    partials = torch.empty((splits, 1, b.K * C), dtype=torch.float32, device=x.device)
+    if splits > 0:
+        start(
+            block_wgrad_kernel,
+            k_blocks * c_blocks * splits,
+            (
+                *(x, _taps_first(w_dw), g, partials, *vectors),
+                *(*_sizes(b, x, align, align_k), _pixels(b), *_geometry(b.depthwise), k_blocks, c_blocks, splits),
+            ),
+            dict(_block_constants(b, on_load, align, align_k, config), WIDE=_wide_pixels(b)),
+        )
+    return _reduced(partials, torch.empty((b.K, C, 1, 1), dtype=x.dtype, device=x.device), 1, 1, start)
+
+
+def _block_dgrad(
+    b: BlockProblem,
+    g: Tensor,
+    x: Tensor,
+    w_dw: Tensor,
+    w_pw: Tensor,
+    on_load,
+    config: GradientsConfig,
+    multiprocessors: int,
+    start: Start,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dx, dw_dw, sums) from the whole gradient of y; ``sums``, (2, C), are those of scale and shift, on load."""
+    p, tile = b.depthwise, config.dgrad
+    N, C, _, _ = p.x
+    taps = p.w[2] * p.w[3]
+    align, align_k = _aligned(p, x), _aligned_k(b)
+    grid, ring = configs.gradients_grid(b, tile, multiprocessors), configs.ring(b, tile)
+    dx = _empty(p, p.x, x)
+    partials = torch.empty((grid.splits, taps, C), dtype=torch.float32, device=x.device)
+    sums = None if on_load is None else torch.empty((grid.splits, 2, C), dtype=torch.float32, device=x.device)
+    if grid.splits > 0:
+        programs = grid.c_blocks * grid.splits
+        scratch = torch.empty((programs, ring, tile.block_c), dtype=p.dtype, device=x.device)
+        start(
+            block_dgrad_kernel,
+            programs,
+            (
+                *(x, _taps_first(w_dw), w_pw.reshape(b.K, C).contiguous(), g, scratch, dx, partials, sums),
+                *(*_vectors(on_load), *_sizes(b, x, align, align_k), *_geometry(p)),
+                *(grid.rows, grid.strips, N * grid.strips, grid.c_blocks, grid.splits, ring),
+            ),
+            dict(
+                _block_constants(b, on_load, align, align_k, tile),
+                BLOCK_X=config.x_pixels,
+                STAGES=_STAGES,
+            ),
+        )
+    dw_dw = _reduced(partials, torch.empty(p.w, dtype=p.dtype, device=x.device), taps, 1, start)
+    if sums is not None:
+        sums = _reduced(sums, torch.empty((2, C), dtype=torch.float32, device=x.device), 1, C, start)
+    return dx, dw_dw, sums
+
+
+def _pixels(b: BlockProblem) -> int:
+    N, _, P, Q = b.depthwise.y
+    return N * P * Q
+
+
+def _wide_pixels(b: BlockProblem) -> bool:
+    return _pixels(b) >= 2**31 - 2**16
+
+
+def _aligned_k(b: BlockProblem) -> int:
+    return math.gcd(b.K, 16 // itemsize(b.depthwise.dtype))
+
+
+def _taps_first(w_dw: Tensor) -> Tensor:
+    return w_dw.flatten(1).t().contiguous()
+
+
+def _sizes(b: BlockProblem, x: Tensor, align: int, align_k: int) -> tuple:
+    """Strides of n, h and w, and extents."""
+    (_, C, H, W), (_, _, P, Q) = b.depthwise.x, b.depthwise.y
+    x_n, _, x_h, x_w = _strides(x, align)
+    return x_n, x_h, x_w, H, W, P, Q, C // align, b.K // align_k
+
+
+def _block_constants(b: BlockProblem, on_load, align: int, align_k: int, config: BlockConfig) -> dict[str, Any]:
+    """What the compiler has to know, of every kernel of blocks; ``on_load`` without vectors is a ReLU alone."""
+    _, _, R, S = b.depthwise.w
+    return dict(
+        R=R,
+        S=S,
+        STRIDE_H=b.depthwise.stride[0],
+        STRIDE_W=b.depthwise.stride[1],
+        ON_LOAD=on_load is not None and on_load[0] is not None,
+        RELU=on_load is not None and on_load[3],
+        ACTIVATION=b.activation,
+        ALIGN=align,
+        ALIGN_K=align_k,
+        BLOCK=config.pixels,
+        BLOCK_C=config.block_c,
+        BLOCK_K=config.block_k,
+        num_warps=config.warps,
+        num_stages=1,  # a second would keep a tile of x for each tap in shared memory
+    )
 
 
 def _merged(parts: Tensor, full: int, pixels: int) -> tuple[Tensor, Tensor]:
