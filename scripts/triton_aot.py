@@ -55,7 +55,7 @@ DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat1
 _TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
 _PTX_ARCH = re.compile(r"\.target (sm_\w+)")
 _BLOCK, _BLOCK_BACKWARD, _BLOCK_INFERENCE = range(len(PASSES), len(PASSES) + 3)  # as passes: those of blocks
-_NAMES = (*PASSES, "block", "backward", "inference")
+_NAMES = (*PASSES, "block", "block_backward", "inference")
 _MATRIX = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma")
 
 
@@ -242,23 +242,19 @@ def _widest_amd(text: str, name: str) -> int:
 
 
 def _printed(rows: list[Row]) -> list[Row]:
-    """The kernels of a job but those that sum partial results, which are the same for all."""
-    return [row for row in rows if row.kernel != "reduce_partials_kernel"]
+    """The kernels of a job but those that only pass over numbers, which are the same for all."""
+    return [row for row in rows if row.kernel not in ("reduce_partials_kernel", "through_statistics_kernel")]
 
 
 def _pass(row: Row) -> str:
-    """What a kernel makes: the gradients of blocks take several."""
-    name = _NAMES[row.job.pass_]
-    return {"block_wgrad_kernel": "block_wgrad", "block_dgrad_kernel": "block_dgrad"}.get(row.kernel, name)
+    return row.kernel.removesuffix("_kernel") if row.job.pass_ == _BLOCK_BACKWARD else _NAMES[row.job.pass_]
 
 
 def _tile(row: Row) -> str:
     config = row.job.config
     if isinstance(config, configs.GradientsConfig):
-        if row.kernel == "through_statistics_kernel":
-            return "-"
         config = config.wgrad if row.kernel == "block_wgrad_kernel" else config.dgrad
-    return "x".join(map(str, config[:3])) + f"-w{config.warps}"
+    return "x".join(map(str, config[:3])) + f" w{config.warps}"
 
 
 def main() -> int:

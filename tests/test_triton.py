@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import needs
 import pytest
+import test_inference
 import torch
 from conftest import interpreted
 from conv_cases import LAYOUTS
-from test_block import check_drawn
+from test_block import check_drawn, drawn_inputs, in_torch
 from test_ops import check_all_maps, tensors
 
 import xsep
@@ -41,6 +42,10 @@ BLOCKS = {
         case=Shape(3, 20, 7, 9, 3, 3, pad=(1, 1, 1, 1)), K=40, vectors={"center", "scale", "shift"}, relu=True
     ),
     "stride_dilation": dict(case=Shape(2, 18, 11, 12, 3, 2, 1, (2, 1), (0, 1, 2, 1), (1, 2)), K=16, relu=True),
+    "tall": dict(case=Shape(2, 17, 26, 9, 3, 3, 1, (1, 1), (1, 1, 1, 0)), K=18, vectors={"scale"}, activation="relu"),
+    "wide_stride2": dict(
+        case=Shape(1, 19, 13, 31, 3, 3, 1, (2, 2), (0, 1, 0, 1)), K=24, vectors={"center", "shift"}, relu=True
+    ),
     "few_channels_of_many_taps": dict(case=Shape(2, 3, 11, 9, 5, 4, 1, (1, 2), (2, 2, 2, 1)), K=33, activation="relu"),
 }
 
@@ -89,16 +94,81 @@ def test_every_configuration(layout, dtype, C, triton, monkeypatch):
     assert max(summed) == 3
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles of pixels, of x's channels and of y's, none of them whole; several programs that sum."""
+    monkeypatch.setattr(configs, "INTERPRETED_BLOCK", configs.BlockConfig(64, 16, 32, 1))
+    wgrad, dgrad = configs.BlockConfig(64, 16, 32, 1), configs.BlockConfig(16, 16, 16, 1)
+    monkeypatch.setattr(configs, "INTERPRETED_GRADIENTS", configs.GradientsConfig(wgrad, dgrad, 32))
+    for name, value in (("_BLOCK_PROGRAMS", 3), ("_STRIP", 1), ("wgrad_splits", lambda *a: 2)):
+        monkeypatch.setattr(configs, name, value)
+
+
+@pytest.fixture
+def made(triton, monkeypatch):
+    """The names of the passes of blocks that Triton makes."""
+    names, launch = [], triton_backend._launch()[0]
+
+    def noted(name, original):
+        return lambda *a: names.append(name) or original(*a)
+
+    for name in ("block", "block_backward", "block_inference"):
+        monkeypatch.setattr(launch, name, noted(name, getattr(launch, name)))
+    return names
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
-def test_fused_blocks(name, dtype, triton, monkeypatch):
-    """Small tiles, so that there are several of pixels, of x's channels and of y's, and none is whole."""
-    made, block = [], triton_backend._launch()[0].block
-    monkeypatch.setattr(triton_backend._launch()[0], "block", lambda *a: made.append(a) or block(*a))
-    monkeypatch.setattr(configs, "INTERPRETED_BLOCK", configs.BlockConfig(64, 16, 32, 1))
+def test_fused_blocks(name, dtype, made, small_tiles):
     drawn = SimpleNamespace(**{**dict(vectors=set(), relu=False, activation=None), **BLOCKS[name]})
     check_drawn(drawn, dtype, torch.channels_last, "cpu")
-    assert len(made) == (dtype == torch.float32 or drawn.activation is None)  # it puts ELU for ReLU in half types
+    if drawn.activation == "elu":  # in place of ReLU in half types
+        assert made == []
+    elif drawn.case.R * drawn.case.S > configs.HELD:
+        assert made == ["block"]
+    else:
+        assert made == ["block", "block_backward"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize(
+    ("given", "relu", "activations", "residual_layout"),
+    [
+        ({"depthwise_bias", "bias", "residual"}, True, ("relu6", "relu"), torch.channels_last),
+        ({"residual"}, False, ("relu", None), torch.contiguous_format),
+        (set(), False, (None, "relu6"), torch.channels_last),
+    ],
+    ids=["everything", "residual", "nothing"],
+)
+def test_fused_blocks_of_inference(given, relu, activations, residual_layout, name, dtype, made, small_tiles):
+    case, K = BLOCKS[name]["case"], BLOCKS[name]["K"]
+    activation, out_activation = activations
+    drawn = SimpleNamespace(
+        case=case,
+        K=K,
+        given=given,
+        relu=relu,
+        activation=activation,
+        out_activation=out_activation,
+        residual_layout=residual_layout,
+    )
+    test_inference.check_drawn(drawn, dtype, torch.channels_last, "cpu")
+    assert made == ["block_inference"]
+
+
+@pytest.mark.parametrize("used", [("y",), ("mean",), ("m2",), ("y", "m2")], ids="+".join)
+def test_gradients_of_some_outputs(used, made, small_tiles):
+    """What is None is zero; sums are the same at every call; dense and not."""
+    inputs, gradients = drawn_inputs(SimpleNamespace(**BLOCKS["tails"], activation=None), torch.float32, LAYOUTS[1])
+    wanted = [gradient for name, gradient in zip(("y", "mean", "m2"), gradients) if name in used]
+    found = []
+    for function in (xsep.separable_block, xsep.separable_block, in_torch):
+        leaves = [t.detach().requires_grad_() if isinstance(t, torch.Tensor) else t for t in inputs]
+        outputs = [out for name, out in zip(("y", "mean", "m2"), function(*leaves)) if name in used]
+        found.append(torch.autograd.grad(outputs, [t for t in leaves if isinstance(t, torch.Tensor)], wanted))
+    assert made == ["block", "block_backward"] * 2 and all(map(torch.equal, *found[:2]))
+    torch.testing.assert_close(found[0], found[2], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("spread", [0, 1, 1e2])
@@ -122,8 +192,16 @@ def test_blocks_without_statistics_and_of_nothing(triton):
     y, mean, m2 = xsep.separable_block(x, None, None, None, False, w, w_pw, statistics=False)
     assert mean is m2 is None and y.eq(3).all() and y.is_contiguous(memory_format=torch.channels_last)
     b = BlockProblem(problem(True, sizes=((0, 3, 4, 5), (3, 1, 1, 1), *XCEPTION[2:]), device="cpu"), 2, False, None)
-    y, mean, m2 = triton.block(b, x[:0], w, w_pw, None, True)
+    nothing = x[:0]
+    y, mean, m2 = triton.block(b, nothing, w, w_pw, None, True)
     assert y.numel() == 0 and mean.tolist() == m2.tolist() == [0, 0]
+    assert triton.block_inference(b, nothing, w, w_pw, None, None, y, None, "relu").shape == y.shape
+    on_load = (*(torch.ones(3) for _ in range(3)), True)
+    for given, sums in ((None, []), (on_load, [(3,), (3,)])):
+        dx, *others = triton.block_backward(b, y, mean, None, y, mean, nothing, w, w_pw, given)
+        found = [t for t in others if t is not None]
+        assert dx.shape == nothing.shape and [t.shape for t in found] == [w.shape, w_pw.shape, *sums]
+        assert not any(t.any() for t in found)
 
 
 def test_why_not_block():
@@ -143,14 +221,41 @@ def test_why_not_block():
         (half._replace(depthwise=half.depthwise._replace(x=(2**30, 728, 19, 19))), r"2\^31 programs"),
     ):
         assert re.search(reason, configs.why_not_fused(other))
-    assert "gradients" in TRITON.why_not_block(half, backward=True)
+
+
+def test_why_not_gradients_of_blocks():
+    half = BlockProblem(problem(True, torch.float16), 256, True, None)
+    single = half._replace(depthwise=half.depthwise._replace(dtype=torch.float32))
+    for fused in (half, half._replace(activation="relu"), half._replace(K=320, on_load=False), single._replace(K=32)):
+        assert configs.why_not_gradients_fused(fused) is None
+
+    def resized(x, w=(728, 1, 3, 3)):
+        return half._replace(depthwise=half.depthwise._replace(x=x, w=w))
+
+    for other, reason in (
+        (half._replace(K=320), "by the model.* 320 channels of torch.float16"),
+        (single._replace(K=64), "by the model.* torch.float32"),
+        (half._replace(activation="elu"), "no blocks with elu"),
+        (resized((8, 728, 19, 19), (728, 1, 5, 5)), "filters of up to 9 taps only"),
+        (resized((8, 728, 19, 600)), "512 KB of dz for each program"),
+        (resized((1, 728, 2**16, 2**15)), r"2\^31 pixels"),
+    ):
+        assert re.search(reason, configs.why_not_gradients_fused(other))
+
+
+def test_why_not_blocks_of_inference():
+    """A ReLU on load takes less than a function with vectors; ReLU6 is one of its activations."""
+    half = BlockProblem(problem(True, torch.float16), 512, True, "relu6")
+    assert configs.why_not_fused(half, inference=True) is None and configs.why_not_fused(half) is not None
+    assert "by the model" in configs.why_not_fused(half._replace(K=728), inference=True)
 
 
 def test_no_blocks_where_triton_has_no_tensor_cores(triton, monkeypatch):
     half = BlockProblem(problem(True, torch.float16), 256, True, None)
     assert triton.why_not_block(half, backward=False) is None
     monkeypatch.setattr(triton_backend, "_card", lambda index: triton_backend.Card("T4", "sm_75", 40))
-    assert "tensor cores of sm_75" in triton.why_not_block(half, backward=False)
+    for reason in (*(triton.why_not_block(half, each) for each in (False, True)), triton.why_not_block_inference(half)):
+        assert "tensor cores of sm_75" in reason
 
 
 def test_gradients(triton):

@@ -21,8 +21,9 @@ _HALO, _IDLE = 0.4, 0.5
 # with a ReLU also compare and select, with a function on load also subtract, multiply-add and select.
 _INSTRUCTION = 0.1
 _TAP, _TAP_RELU, _TAP_ON_LOAD = 2, 4, 7
-_BLOCK_PROGRAMS = 2  # of the gradients of blocks, a multiprocessor
+_BLOCK_PROGRAMS = 1  # of the gradients of blocks, a multiprocessor: registers have room for no more
 _STRIP = 4  # a strip of a block's dgrad is at least so many times as long as what of dz is made twice
+_TORCH_TILE = 1 / 128 + 1 / 256  # of torch's products of halves: what is read of both factors for a multiply-add
 _SUMMED = 2048  # pixels, at least, of a partial sum for the pointwise weights
 _SLOT = 160 << 10  # bytes of dz that a program may keep: those of all programs are to stay in the second-level cache
 
@@ -162,9 +163,9 @@ def block_config(b: BlockProblem) -> BlockConfig:
 def gradients_config(b: BlockProblem) -> GradientsConfig:
     """Sums of gradients fill the registers: 64 of a thread in wgrad, 4 for each tap beside 32 of dz in dgrad."""
     if itemsize(b.depthwise.dtype) == 4:
-        return GradientsConfig(BlockConfig(32, 32, 64, warps=4), BlockConfig(64, 32, 32, warps=4), x_pixels=16)
+        return GradientsConfig(BlockConfig(32, 32, 64, warps=4), BlockConfig(64, 32, 16, warps=8), x_pixels=32)
     block_k = min(256, max(16, 1 << (b.K - 1).bit_length()))
-    wgrad = BlockConfig(64, 64, block_k, warps=8 if block_k >= 128 else 4)
+    wgrad = BlockConfig(32, 64, block_k, warps=8 if block_k >= 128 else 4)
     return GradientsConfig(wgrad, BlockConfig(128, 64, 32, warps=8), x_pixels=16)
 
 
@@ -226,10 +227,11 @@ def why_not_fused(b: BlockProblem, inference: bool = False) -> str | None:
 
 
 def why_not_gradients_fused(b: BlockProblem) -> str | None:
-    """The same for its gradients: z and dz written and read, against what their kernels do more.
+    """The same for its gradients: z and dz written and read, and passes of a ReLU, against what their kernels do more.
 
-    z is made for each tile of K, and once more for its ReLU; dz goes through the second-level cache; the two products
-    of float32 are torch's at half the speed; and partial sums for the pointwise weights are written and read.
+    z is made for each tile of K, and once more for its ReLU; dz goes through the second-level cache, and more than with
+    torch's larger tiles do the factors of products, which in float32 take twice as long; and partial sums for the
+    pointwise weights are written and read.
     """
     p, config = b.depthwise, gradients_config(b)
     reason = _why_not_kind(b)
@@ -246,9 +248,13 @@ def why_not_gradients_fused(b: BlockProblem) -> str | None:
     instructions = again * _depthwise_instructions(b, inference=False)
     if p.dtype == torch.float32:
         instructions += 2 * b.K
-    more = instructions * _INSTRUCTION + _HALO * 2 * itemsize(p.dtype) + 2 * 4 * b.K / _SUMMED
-    if more > 4 * itemsize(p.dtype):
-        return f"by the model, to store z and dz costs less than to make them again for {b.K} channels of {p.dtype}"
+    size = itemsize(p.dtype)
+    products = 1 / config.dgrad.block_c + 1 / config.dgrad.pixels + 1 / config.wgrad.block_c - 2 * _TORCH_TILE
+    more = instructions * _INSTRUCTION + _HALO * size * (2 + b.K * products) + 2 * 4 * b.K / _SUMMED
+    if more > size * (4 if b.activation is None else 9):
+        return (
+            f"by the model, to store z and dz costs less than what its kernels do more for {b.K} channels of {p.dtype}"
+        )
     return None
 
 

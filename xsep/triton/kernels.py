@@ -388,7 +388,7 @@ def reduce_partials_kernel(
     ``columns`` are the channels; a program sums BLOCK of the taps * columns numbers.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = columns.to(tl.int64) * taps
+    total = tl.cast(columns, tl.int64) * taps  # of one channel the compiler makes a number that has no .to
     acc = tl.zeros((BLOCK_SPLITS, BLOCK), partials.dtype.element_ty)
     for begin in range(0, count, BLOCK_SPLITS):
         split = begin + tl.arange(0, BLOCK_SPLITS).to(tl.int64)
