@@ -41,30 +41,33 @@ def _vectors(center, scale, shift, c, in_c, ON_LOAD: tl.constexpr):
 
 
 @triton.jit
+def _met(x, m, in_m, sizes, pad_top, pad_left, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr):
+    """What the first tap of pixels m of y meets: its place in x, row and column; m counts through the images from x."""
+    x_n, x_h, x_w, H, W, P, Q, C = sizes
+    h = tl.where(in_m, m // Q % P * STRIDE_H - pad_top, H)  # H is outside, whatever the tap
+    column = m % Q * STRIDE_W - pad_left
+    return x + m // Q // P * x_n + h * x_h + column * x_w, h, column
+
+
+@triton.jit
 def _grown(
     z,
-    x,
+    met,
     w_dw,
-    m,
-    in_m,
     c,
     in_c,
     vectors,
     sizes,
-    geometry,
+    dilation_h,
+    dilation_w,
     R: tl.constexpr,
     S: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
     ON_LOAD: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """z plus the depthwise result of pixels m of y, counted through the images from x on, and of channels c."""
+    """z plus the depthwise result of pixels, which ``_met`` places, and of channels c."""
     x_n, x_h, x_w, H, W, P, Q, C = sizes
-    pad_top, pad_left, dilation_h, dilation_w = geometry
-    h = tl.where(in_m, m // Q % P * STRIDE_H - pad_top, H)  # H is outside, whatever the tap
-    column = m % Q * STRIDE_W - pad_left
-    first = x + m // Q // P * x_n + h * x_h + column * x_w
+    first, h, column = met
     for r in range(R):
         down = r * dilation_h
         for s in tl.static_range(S):
@@ -147,7 +150,6 @@ def block_kernel(
     C = C * ALIGN
     K = K * ALIGN_K
     sizes = (x_n.to(tl.int64) * ALIGN, x_h.to(tl.int64) * ALIGN, x_w.to(tl.int64) * ALIGN, H, W, P, Q, C)
-    geometry = (pad_top, pad_left, dilation_h, dilation_w)
     # Programs that share pixels are neighbours, so that the caches serve all but one.
     tile = tl.program_id(0) // k_blocks
     k = tl.program_id(0) % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -156,8 +158,11 @@ def block_kernel(
         tile = tile.to(tl.int64)
     m = tile * BLOCK + tl.arange(0, BLOCK)
     in_m = m < pixels
+    met = _met(x, m, in_m, sizes, pad_top, pad_left, STRIDE_H, STRIDE_W)
     filters = w_pw + k.to(tl.int64) * C
     acc = tl.zeros((BLOCK, BLOCK_K), tl.float32)
+    if bias is not None:
+        acc += tl.load(bias + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
     for begin in range(0, C, BLOCK_C):
         c = begin + tl.arange(0, BLOCK_C)
         in_c = c < C
@@ -165,14 +170,12 @@ def block_kernel(
         # On its way while z is made.
         w = tl.load(filters[None, :] + c[:, None], mask=in_k[None, :] & in_c[:, None], other=0.0)
         z = tl.zeros((BLOCK, BLOCK_C), tl.float32)
+        z = _grown(z, met, w_dw, c, in_c, vectors, sizes, dilation_h, dilation_w, R, S, ON_LOAD, RELU)
         if w_dw_bias is not None:
             z += tl.load(w_dw_bias + c, mask=in_c, other=0.0).to(tl.float32)[None, :]
-        z = _grown(z, x, w_dw, m, in_m, c, in_c, vectors, sizes, geometry, R, S, STRIDE_H, STRIDE_W, ON_LOAD, RELU)
         acc = tl.dot(_activated(z, ACTIVATION).to(w.dtype), w, acc, input_precision="ieee")
     out = m.to(tl.int64)[:, None] * K + k[None, :]
     inside = in_m[:, None] & in_k[None, :]
-    if bias is not None:
-        acc += tl.load(bias + k, mask=in_k, other=0.0).to(tl.float32)[None, :]
     if residual is not None:
         acc += tl.load(residual + out, mask=inside, other=0.0).to(tl.float32)
     stored = _activated(acc, OUT_ACTIVATION).to(y.dtype.element_ty)
@@ -271,7 +274,6 @@ def block_wgrad_kernel(
     C = C * ALIGN
     K = K * ALIGN_K
     sizes = (x_n.to(tl.int64) * ALIGN, x_h.to(tl.int64) * ALIGN, x_w.to(tl.int64) * ALIGN, H, W, P, Q, C)
-    geometry = (pad_top, pad_left, dilation_h, dilation_w)
     # Programs that share pixels are neighbours, so that the caches serve all but one.
     index = tl.program_id(0)
     k = index % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -289,8 +291,9 @@ def block_wgrad_kernel(
         # On its way while z is made.
         at = m.to(tl.int64)[:, None] * K + k[None, :]
         gradient = tl.load(g + at, mask=in_m[:, None] & in_k[None, :], other=0.0)
+        met = _met(x, m, in_m, sizes, pad_top, pad_left, STRIDE_H, STRIDE_W)
         z = tl.zeros((BLOCK, BLOCK_C), tl.float32)
-        z = _grown(z, x, w_dw, m, in_m, c, in_c, vectors, sizes, geometry, R, S, STRIDE_H, STRIDE_W, ON_LOAD, RELU)
+        z = _grown(z, met, w_dw, c, in_c, vectors, sizes, dilation_h, dilation_w, R, S, ON_LOAD, RELU)
         z = _activated(z, ACTIVATION).to(gradient.dtype)
         acc = tl.dot(tl.trans(gradient), z, acc, input_precision="ieee")
     to = partials + (split.to(tl.int64) * K + k)[:, None] * C + c[None, :]
@@ -378,7 +381,6 @@ def block_dgrad_kernel(
     K = K * ALIGN_K
     x_n, x_h, x_w = x_n.to(tl.int64) * ALIGN, x_h.to(tl.int64) * ALIGN, x_w.to(tl.int64) * ALIGN
     sizes = (x_n, x_h, x_w, H, W, P, Q, C)
-    geometry = (pad_top, pad_left, dilation_h, dilation_w)
     # Programs that share pixels are neighbours, so that the caches serve all but one.
     index = tl.program_id(0)
     lane = tl.arange(0, BLOCK_C)
@@ -415,25 +417,9 @@ def block_dgrad_kernel(
                     w = tl.load(w_pw + at, mask=in_k[:, None] & in_c[None, :], other=0.0)
                     dz = tl.dot(dy, w, dz, input_precision="ieee")
                 if ACTIVATION is not None:
+                    met = _met(x + n * x_n, m, in_m, sizes, pad_top, pad_left, STRIDE_H, STRIDE_W)
                     z = tl.zeros((BLOCK, BLOCK_C), tl.float32)
-                    z = _grown(
-                        z,
-                        x + n * x_n,
-                        w_dw,
-                        m,
-                        in_m,
-                        c,
-                        in_c,
-                        vectors,
-                        sizes,
-                        geometry,
-                        R,
-                        S,
-                        STRIDE_H,
-                        STRIDE_W,
-                        ON_LOAD,
-                        RELU,
-                    )
+                    z = _grown(z, met, w_dw, c, in_c, vectors, sizes, dilation_h, dilation_w, R, S, ON_LOAD, RELU)
                     dz = tl.where(z <= 0, 0.0, dz)
                 to = (m & (ring - 1))[:, None] * BLOCK_C + lane[None, :]
                 tl.store(kept + to, dz.to(g.dtype.element_ty))

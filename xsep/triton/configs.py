@@ -22,7 +22,6 @@ _HALO, _IDLE = 0.4, 0.5
 _INSTRUCTION = 0.1
 _TAP, _TAP_RELU, _TAP_ON_LOAD = 2, 4, 7
 _BLOCK_PROGRAMS = 1  # of the gradients of blocks, a multiprocessor: registers have room for no more
-_STRIP = 4  # a strip of a block's dgrad is at least so many times as long as what of dz is made twice
 _TORCH_TILE = 1 / 128 + 1 / 256  # of torch's products of halves: what is read of both factors for a multiply-add
 _SUMMED = 2048  # pixels, at least, of a partial sum for the pointwise weights
 _SLOT = 160 << 10  # bytes of dz that a program may keep: those of all programs are to stay in the second-level cache
@@ -165,7 +164,7 @@ def gradients_config(b: BlockProblem) -> GradientsConfig:
     if itemsize(b.depthwise.dtype) == 4:
         return GradientsConfig(BlockConfig(32, 32, 64, warps=4), BlockConfig(64, 32, 16, warps=8), x_pixels=32)
     block_k = min(256, max(16, 1 << (b.K - 1).bit_length()))
-    wgrad = BlockConfig(32, 64, block_k, warps=8 if block_k >= 128 else 4)
+    wgrad = BlockConfig(32, 64, block_k, warps=8)
     return GradientsConfig(wgrad, BlockConfig(128, 64, 32, warps=8), x_pixels=16)
 
 
@@ -187,13 +186,20 @@ class GradientsGrid(NamedTuple):
 
 
 def gradients_grid(b: BlockProblem, config: BlockConfig, multiprocessors: int) -> GradientsGrid:
-    """Strips of the length that leaves a unit for each program, but not so short that much of dz is made twice."""
+    """The strips with which a program has the fewest rows to go through, counting those of which dz is made twice.
+
+    For so many strips a program, as many as there can be in all.
+    """
     p = b.depthwise
     N, C, H, _ = p.x
     c_blocks = ceil_div(C, config.block_c)
     programs = max(1, _BLOCK_PROGRAMS * multiprocessors // c_blocks)
-    shortest = max(1, _STRIP * (p.w[2] - 1) * p.dilation[0])
-    rows = max(ceil_div(H, ceil_div(programs, max(1, N))), min(H, shortest), 1)
+    least = max(1, ceil_div(N, programs))
+    found = []
+    for each in range(least, least + 4):
+        rows = max(1, ceil_div(H, each * programs // max(1, N)))
+        found.append((each * (rows + (p.w[2] - 1) * p.dilation[0]), rows))
+    rows = min(found)[1]
     strips = ceil_div(H, rows)
     return GradientsGrid(rows, strips, c_blocks, min(N * strips, programs))
 
