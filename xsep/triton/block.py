@@ -193,15 +193,30 @@ def block_kernel(
         tl.store(to + 2 * K, tl.sum(deviations * deviations, axis=0) - total * total / count, mask=in_k)
 
 
-@triton.jit(do_not_specialize=["pixels", "K"])
-def through_statistics_kernel(dy, y, mean, offset, slope, g, pixels, K, ALIGN_K: tl.constexpr, BLOCK: tl.constexpr):
-    """g = dy + offset + (y - mean) * slope, all dense; dy may be None.  K in units of ALIGN_K."""
+@triton.jit(do_not_specialize=["pixels", "K", "k_blocks"])
+def through_statistics_kernel(
+    dy,
+    y,
+    mean,
+    offset,
+    slope,
+    g,
+    pixels,
+    K,
+    k_blocks,
+    ALIGN_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """g[m, k] = dy[m, k] + offset[k] + (y[m, k] - mean[k]) * slope[k]; dy may be None.  K in units of ALIGN_K."""
     K = K * ALIGN_K
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < pixels.to(tl.int64) * K
-    k = at % K
-    v = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - tl.load(mean + k, mask=inside, other=0.0)
-    v = v * tl.load(slope + k, mask=inside, other=0.0) + tl.load(offset + k, mask=inside, other=0.0)
+    k = tl.program_id(0) % k_blocks * BLOCK_K + tl.arange(0, BLOCK_K)
+    m = (tl.program_id(0) // k_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_k = k < K
+    inside = (m < pixels)[:, None] & in_k[None, :]
+    at = m[:, None] * K + k[None, :]
+    v = tl.load(y + at, mask=inside, other=0.0).to(tl.float32) - tl.load(mean + k, mask=in_k, other=0.0)[None, :]
+    v = v * tl.load(slope + k, mask=in_k, other=0.0)[None, :] + tl.load(offset + k, mask=in_k, other=0.0)[None, :]
     if dy is not None:
         v += tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(g + at, v.to(g.dtype.element_ty), mask=inside)

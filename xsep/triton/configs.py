@@ -160,12 +160,15 @@ def block_config(b: BlockProblem) -> BlockConfig:
 
 
 def gradients_config(b: BlockProblem) -> GradientsConfig:
-    """Sums of gradients fill the registers: 64 of a thread in wgrad, 4 for each tap beside 32 of dz in dgrad."""
+    """Sums of gradients fill the registers: 64 of a thread in wgrad, 4 for each tap beside 32 of dz in dgrad.
+
+    With a ReLU z is made beside dz: half as many pixels, and in halves some registers are spilled all the same.
+    """
     if itemsize(b.depthwise.dtype) == 4:
         return GradientsConfig(BlockConfig(32, 32, 64, warps=4), BlockConfig(64, 32, 16, warps=8), x_pixels=32)
     block_k = min(256, max(16, 1 << (b.K - 1).bit_length()))
     wgrad = BlockConfig(32, 64, block_k, warps=8)
-    return GradientsConfig(wgrad, BlockConfig(128, 64, 32, warps=8), x_pixels=16)
+    return GradientsConfig(wgrad, BlockConfig(128 if b.activation is None else 64, 64, 32, warps=8), x_pixels=16)
 
 
 def ring(b: BlockProblem, config: BlockConfig) -> int:

@@ -24,7 +24,7 @@ INTERPRETED = not isinstance(depthwise_fprop_kernel, JITFunction)  # TRITON_INTE
 _ACC = {torch.float64: tl.float64}
 _LONGEST = 31  # taps of a program's sums
 _REDUCED, _REDUCED_SPLITS = 128, 8  # tile of the sum of partial results
-_THROUGH = 1024  # numbers of a program that only passes over them
+_THROUGH, _THROUGH_K = 2048, 64  # numbers of a program that only passes over them, and channels
 _STAGES = 3  # of the product that makes dz: slices of its factors under way
 
 Start = Callable[[Any, Any, tuple, dict[str, Any]], None]
@@ -304,11 +304,13 @@ def _through_statistics(b: BlockProblem, dy, dmean, dm2, y, mean, start: Start) 
     slope = torch.zeros_like(mean) if dm2 is None else 2 * dm2
     if pixels > 0:
         y, dy = (None if t is None else t.contiguous(memory_format=torch.channels_last) for t in (y, dy))
+        block_k = min(_THROUGH_K, 1 << (b.K - 1).bit_length())
+        tile, k_blocks = _THROUGH // block_k, ceil_div(b.K, block_k)
         start(
             through_statistics_kernel,
-            ceil_div(pixels * b.K, _THROUGH),
-            (dy, y, mean.contiguous(), offset, slope, g, pixels, b.K // align_k),
-            dict(ALIGN_K=align_k, BLOCK=_THROUGH, num_warps=4),
+            ceil_div(pixels, tile) * k_blocks,
+            (dy, y, mean.contiguous(), offset, slope, g, pixels, b.K // align_k, k_blocks),
+            dict(ALIGN_K=align_k, BLOCK=tile, BLOCK_K=block_k, num_warps=4),
         )
     return g
 
