@@ -61,11 +61,11 @@ def problem(case, K, x, on_load=True, activation=None):
     return BlockProblem(p, K, on_load, activation)
 
 
-def in_torch(case, x, center, scale, shift, w_dw, w_pw, activation):
+def in_torch(case, x, center, scale, shift, w_dw, w_pw, activation, relu=True):
     """y, each step rounded to the dtype of x."""
     u = (x - center.view(-1, 1, 1)) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
     top, bottom, left, right = case.pad
-    u = F.pad(u.relu().to(x.dtype), (left, right, top, bottom))
+    u = F.pad((u.relu() if relu else u).to(x.dtype), (left, right, top, bottom))
     z = F.conv2d(u, w_dw, None, case.stride, 0, case.dilation, case.C)
     return F.conv2d(z.relu() if activation else z, w_pw)
 

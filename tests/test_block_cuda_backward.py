@@ -1,12 +1,13 @@
 """The CUDA kernels of training blocks' gradients, emulated on the host and (``-m gpu``) on a card."""
 
+import needs
 import pytest
 import torch
 from conv_cases import nbytes
-from test_block import gradients_of
-from test_block_cuda import CASES, DTYPES, EMULATED, counted, inputs, problem, square
+from test_block_cuda import CASES, DTYPES, EMULATED, counted, in_torch, inputs, problem, square
 
-from xsep.ops import block
+import xsep
+from xsep.ops.problem import output_sizes
 from xsep.testing import assert_no_worse_than_torch
 
 MMA, PLAIN = "separable_backward_nhwc_mma", "separable_backward_nhwc"
@@ -29,10 +30,28 @@ def drawn(case, K, dtype, device):
     def draw(*sizes):
         return torch.randn(sizes, generator=generator, dtype=torch.float64)
 
-    images = (torch.empty(case.N, K, *case.y_sizes[2:], dtype=dtype, device=device) for _ in range(2))
+    P, Q = output_sizes(case.x_sizes, case.w_sizes, *case.geometry)[2:]
+    images = (torch.empty(case.N, K, P, Q, dtype=dtype, device=device) for _ in range(2))
     dy, y = (t.contiguous(memory_format=torch.channels_last).copy_(draw(*t.shape)) for t in images)
     dmean, dm2, mean = (draw(K).to(device, torch.float32) for _ in range(3))
     return dy, dmean, dm2 / 16, y, mean
+
+
+def in_torchs_steps(case, dtype, given, tensors, activation, statistics, on_load):
+    """The gradients by torch's own operators in a dtype."""
+    dy, dmean, dm2, y, mean = (t.to(dtype if t.dim() > 1 or dtype == torch.float64 else torch.float32) for t in given)
+    if statistics:
+        dy = dy + dmean.view(-1, 1, 1) / (y.numel() // y.shape[1])
+        dy = (dy + 2 * (y - mean.view(-1, 1, 1)) * dm2.view(-1, 1, 1)).to(dtype)
+    x, vectors, w_dw, w_pw = tensors
+    images = [t.detach().to(dtype).requires_grad_() for t in (x, w_dw, w_pw)]
+    vectors = [v.detach().to(dtype if dtype == torch.float64 else torch.float32).requires_grad_() for v in vectors]
+    if not on_load:
+        none = torch.zeros_like(vectors[0])
+        found = in_torch(case, images[0], none, none + 1, none, *images[1:], activation, relu=False)
+        return [*torch.autograd.grad(found, images, dy), None, None]
+    found = in_torch(case, images[0], *vectors, *images[1:], activation)
+    return torch.autograd.grad(found, [*images, *vectors[1:]], dy)
 
 
 def results(backend, b, given, x, vectors, w_dw, w_pw, statistics, on_load):
@@ -47,10 +66,11 @@ def check(backend, case, K, dtype, family, activation=None, statistics=True, on_
     ours = results(backend.only(family), b, given, x, vectors, w_dw, w_pw, statistics, on_load)
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
     tensors = (x, vectors, w_dw, w_pw)
-    theirs, truth = (gradients_of(case, cast, given, tensors, activation, statistics, on_load) for cast in (False, True))
+    dtypes = dtype if needs.convolves(dtype, backend.device) else torch.float32, torch.float64
+    theirs, truth = (in_torchs_steps(case, d, given, tensors, activation, statistics, on_load) for d in dtypes)
     for name, mine, yours, exact in zip(NAMES, ours, theirs, truth):
         if mine is not None:
-            assert_no_worse_than_torch(mine, yours, exact, f"{name} of {what} in {dtype}, {family}")
+            assert_no_worse_than_torch(mine, yours.to(mine.dtype), exact, f"{name} of {what} in {dtype}, {family}")
 
 
 @pytest.mark.parametrize(("dtype", "family"), FAMILIES, ids=IDS)
@@ -59,16 +79,14 @@ def test_cases(name, dtype, family, cuda):
     if cuda.name == "cuda" and family == MMA and cuda.card(0).arch < 80:
         pytest.skip("the card has no tensor cores for this")
     case, K = TAKEN[name]
-    check(cuda, case, K, dtype, family, None, True, True, name)
-    check(cuda, case, K, dtype, family, "relu", False, True, name)
+    # A z that is rounded across zero gives another gradient, torch's or ours: halves are for the self-test's numbers.
+    check(cuda, case, K, dtype, family, "relu" if dtype == torch.float32 else None, True, True, name)
     check(cuda, case, K, dtype, family, None, False, False, name)
 
 
 @pytest.mark.parametrize(("dtype", "family"), FAMILIES, ids=IDS)
 @pytest.mark.parametrize("name", ["tails_of_everything", "bands_of_both", "stride2", "many_small_images"])
 def test_results_do_not_depend_on_the_order_of_threads(name, dtype, family):
-    import xsep
-
     case, K = TAKEN[name]
     x, *vectors, w_dw, w_pw = inputs(case, K, dtype)
     b, given = problem(case, K, x, activation="relu"), drawn(case, K, dtype, "cpu")

@@ -338,8 +338,9 @@ def test_selftest_passes(cuda, no_verdicts, capsys):
     families = [line for line in lines if len(line) > 2 and line[0] != "testing"]
     cells = {tuple(line[:2]): line[2:6] for line in families if line[1].startswith("depthwise_")}
     assert len(cells) == 3 * 6 + 1 and all("-" not in row for (_, name), row in cells.items() if "generic" in name)
-    blocks = [line[6] for line in families if line[1].startswith("separable_")]
-    assert len(blocks) == 1 + 2 * 2 and "-" not in blocks
+    for name, column in (("separable_fprop_", 6), ("separable_backward_", 7)):
+        blocks = [line[column] for line in families if line[1].startswith(name)]
+        assert len(blocks) == 1 + 2 * 2 and "-" not in blocks
     assert "-" not in [row[0] for (_, name), row in cells.items() if "fprop" in name]
     assert "-" not in [cell for (_, name), row in cells.items() if "backward" in name for cell in row[-2:]]
 
@@ -401,7 +402,7 @@ def test_a_kernel_that_takes_the_device_with_it(no_verdicts, monkeypatch, emulat
     out = capsys.readouterr().out
     assert f"LOST {family}, torch.float32: 3x3 NCHW: an illegal memory access" in out and "FAILED" not in out
     assert (
-        "any more: depthwise_backward_nchw, depthwise_generic, separable_fprop_nhwc\n" in out
+        "any more: depthwise_backward_nchw, depthwise_generic, separable_fprop_nhwc, separable_backward_nhwc\n" in out
         and f"'--without {family}'" in out
     )
 

@@ -27,8 +27,8 @@ BARRIERS = {
     "depthwise_generic_wgrad_staged.cuh": ("signal",),
     "reduce.cuh": ("many_small_images",),
 }
-# No C++ test runs these: tests/test_block_cuda.py does, in Python.
-OF_BLOCKS = ("moments.cuh", "separable_fprop_nhwc.cuh")
+# Tests in Python run these: test_block_cuda.py, test_block_cuda_backward.py.
+OF_BLOCKS = ("moments.cuh", "separable_backward_nhwc.cuh", "separable_fprop_nhwc.cuh")
 
 
 class Bug(NamedTuple):

@@ -316,7 +316,7 @@ def test_selftest(triton, monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     maps, blocks = (line for line in printed.splitlines() if line.startswith("float16"))
     assert maps.split()[1] == "depthwise_triton" and maps.count("(") == 4 and "FAILED" not in maps
-    assert blocks.split()[1] == "block_triton" and blocks.count("(") == 1 and "FAILED" not in blocks
+    assert blocks.split()[1] == "block_triton" and blocks.count("(") == 2 and "FAILED" not in blocks
     assert "bfloat16   depthwise_triton                          -" in printed
     families = triton.family, triton.block_family
     triton_backend._why_failed.cache_clear()

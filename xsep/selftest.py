@@ -194,8 +194,9 @@ def _outputs(backend: CudaBackend, name: str, case: Case) -> tuple[Tensor, ...]:
     if name == _BLOCK:
         return backend.block(_block(case), x, w, case.w_pw, case.on_load, True)
     if name == _BLOCK_BACKWARD:
-        made = backend.block_backward(_block(case), *case.block_gradients, x, w, case.w_pw, case.on_load)
-        return made if case.on_load is not None else made[:3]
+        dy, dmean, dm2, y, mean = case.block_gradients
+        made = backend.block_backward(_block(case), dy, dmean, dm2, y, mean, x, w, case.w_pw, case.on_load)
+        return tuple(t for t in made if t is not None)
     if name == "fprop":
         return (backend.fprop(p, x, w, case.bias, case.on_load),)
     if name == "dgrad":

@@ -15,7 +15,7 @@
 // Each pixel of y is one block's own: of z and of dw_pw nothing is made twice.  dz is, around a region: 1.27 times for
 // 14x14 pixels, once for whole images.
 //
-// Bytes, s an element: 2 s Y + s Y for the gradient of y, then x once, dy once and dx once from DRAM, s (2 X + Y).  From
+// Bytes, s an element: 2 s Y + s Y for the gradient of y, then x once, dy once and dx once from DRAM, s (2 X + Y). From
 // L2 dy once more for each chunk, w_pw for each region, and the sums of dw_pw: 512 bytes read and written for each
 // channel of y and region, beside 512 of dy (256 pixels, 16 bits).  All sums are added in a fixed order.
 #pragma once
@@ -36,7 +36,7 @@ struct BackwardTile {
   using T = Element;
   static constexpr int kM = kPixels, kN = 64;
   static constexpr bool kMma = kOnTensorCores, kVectors = true;
-  static constexpr int kV = 4;                                                      // channels, of z
+  static constexpr int kV = 4;                                                               // channels, of z
   static constexpr int kVector = kVectorBytes / sizeof(T), kK = kStageRowBytes / sizeof(T);  // elements
   static constexpr int kWarps = kM > 128 ? 8 : 4, kThreads = 32 * kWarps;
   static constexpr int kWarpsN = 2, kWarpN = kN / kWarpsN, kWarpM = kM / (kWarps / kWarpsN);
@@ -103,9 +103,9 @@ __device__ __forceinline__ Stretch stretch(const Cuts& cuts, int number) {
 
 template <class T>
 struct BackwardParams {
-  FpropParams<T> z;      // how z is made; its y and w_pw are not used
-  const T *dy, *w_pw_t;  // [pixels][K], [C][K]
-  T* dx;                 // dense
+  FpropParams<T> z;       // how z is made; its y and w_pw are not used
+  const T *dy, *w_pw_t;   // [pixels][K], [C][K]
+  T* dx;                  // dense
   float *sums, *sums_pw;  // [regions][9 or 11][C], [parts][K][C]
   Cuts rows, cols;
   int32_t N, images;  // images: of a region

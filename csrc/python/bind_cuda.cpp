@@ -173,9 +173,9 @@ void bind_cuda(py::module_& m) {
       },
       py::arg("dtype"), py::arg("family"), py::arg("enabled"));
   py::class_<CudaSeparableCall>(m, "CudaSeparableCall", py::module_local())
-      .def(py::init<bool, const ConvShape&, int, int, bool, int, bool, bool, int, std::string>(),
-           py::arg("backward"), py::arg("shape"), py::arg("K"), py::arg("dtype"), py::arg("nhwc"), py::arg("activation"), py::arg("on_load"), py::arg("relu"),
-           py::arg("card"), py::arg("family"))
+      .def(py::init<bool, const ConvShape&, int, int, bool, int, bool, bool, int, std::string>(), py::arg("backward"),
+           py::arg("shape"), py::arg("K"), py::arg("dtype"), py::arg("nhwc"), py::arg("activation"), py::arg("on_load"),
+           py::arg("relu"), py::arg("card"), py::arg("family"))
       .def("__call__", &CudaSeparableCall::operator(), py::arg("tensors"), py::arg("stream"), py::arg("allocate"))
       .def("why_not", &CudaSeparableCall::why_not, py::arg("tensors"), "Each family, and why it would not run.");
 }

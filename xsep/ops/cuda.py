@@ -152,7 +152,7 @@ class CudaBackend(CompiledBackend):
         dy, y = (None if t is None else _aligned(t.contiguous(memory_format=p.memory_format)) for t in (dy, y))
         dx, dw_dw, dw_pw = self._empty(p.x, p, x), x.new_empty(p.w), x.new_empty(w_pw.shape)
         center, scale, shift, relu = on_load or (None, None, None, None)
-        dscale, dshift = (None, None) if on_load is None else (torch.empty_like(scale), torch.empty_like(scale))
+        dscale, dshift = (None, None) if on_load is None else (torch.empty_like(on_load[0]) for _ in range(2))
         made = dy, y, mean, dmean, dm2, dx, dw_dw, dw_pw, dscale, dshift
         self._start(
             _block_call(self, b, True, relu), dx, _block_arguments(x, w_dw, w_pw_t, center, scale, shift, *made)
