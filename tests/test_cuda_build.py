@@ -31,7 +31,7 @@ BUDGET = {
     "reduce_partials_kernel": 64,
     "separable_fprop_nhwc_kernel": 128,
     "separable_backward_nhwc_kernel": 168,
-    "gradient_kernel": 96,
+    "through_statistics_kernel": 96,
     "merge_moments_kernel": 64,
 }
 # In 64 registers the compiler for Blackwell spills.

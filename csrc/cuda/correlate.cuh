@@ -27,8 +27,6 @@ struct Range {
   int lo, hi;
 };
 
-__device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
-__device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
 __device__ __forceinline__ Range common(Range a, Range b) { return {larger(a.lo, b.lo), smaller(a.hi, b.hi)}; }
 
 // The i >= 0 with 0 <= first + i * step < extent.

@@ -18,6 +18,9 @@
 
 namespace xsep::cuda {
 
+__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
+
 // N elements that one instruction loads or stores.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vec {

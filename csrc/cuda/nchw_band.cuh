@@ -47,8 +47,6 @@ __host__ __device__ constexpr int resident(int threads) {
 template <class T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
-__host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
-__host__ __device__ constexpr int larger(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int clamp(int n, int lo, int hi) { return smaller(larger(n, lo), hi); }
 __host__ __device__ constexpr int round_up(int n, int to) { return (n + to - 1) / to * to; }
 __host__ __device__ constexpr int ceil_div(int n, int by) { return (n + by - 1) / by; }

@@ -1,9 +1,9 @@
 // The training block's gradients, NHWC: 3x3 filters, strides 1 and 2 of each axis, any padding, any dilation; channel
 // multiplier 1.  Neither z nor its gradient is stored.
 //
-// Where y had statistics, gradient_kernel first puts the whole gradient of y together, once, since every chunk of
-// channels reads it.  Then a block of separable_backward_nhwc_kernel takes a chunk of 64 channels of x and region after
-// region: a rectangle of pixels of x (or some whole images), with the box of pixels of y that these meet.
+// Where y had statistics, through_statistics_kernel first puts the whole gradient of y together, once, since every
+// chunk of channels reads it.  Then a block of separable_backward_nhwc_kernel takes a chunk of 64 channels of x and
+// region after region: a rectangle of pixels of x (or some whole images), with the box of pixels of y that these meet.
 //
 //   1. z of the box's own pixels, in shared memory; zeros elsewhere.
 //   2. The gradient of y and the pointwise weights stream past in stages of 64 bytes of y's channels.  Each stage goes
@@ -26,6 +26,7 @@
 
 #include "reduce.cuh"
 #include "separable_fprop_nhwc.cuh"
+#include "through_statistics.cuh"
 
 namespace xsep::cuda {
 namespace separable {
@@ -76,9 +77,6 @@ struct Cuts {
         length(length),
         stretches((extent - 1) / length + 1) {}
 };
-
-__host__ __device__ __forceinline__ int larger(int a, int b) { return a > b ? a : b; }
-__host__ __device__ __forceinline__ int smaller(int a, int b) { return a < b ? a : b; }
 
 // Strides are 1 or 2: shifts round down.
 __device__ __forceinline__ Stretch stretch(const Cuts& cuts, int number) {
@@ -436,56 +434,6 @@ __global__ void __launch_bounds__(Tile::kThreads,
   }
 }
 
-template <class T>
-struct GradientParams {
-  const T *dy, *y;  // [pixels][K]; dy may be null
-  T* to;
-  const float *mean, *dmean, *dm2;
-  float count;
-  int32_t pixels, K;
-  Divider chunks;  // of 32 vectors
-};
-
-constexpr int kGradientThreads = 256, kGradientPixels = 16;  // of a warp
-
-// The whole gradient of y: dy + dmean / count + 2 (y - mean) dm2.  A warp takes 32 vectors of channels of some pixels.
-template <class T>
-__global__ void __launch_bounds__(kGradientThreads) gradient_kernel(const GradientParams<T> p) {
-  constexpr int kVector = kVectorBytes / sizeof(T), kAtOnce = 4;
-  using Vector = Vec<T, kVector>;
-  int group = static_cast<int>(blockIdx.x);
-  const int channel = (take(group, p.chunks) * 32 + static_cast<int>(threadIdx.x) % 32) * kVector;
-  if (channel >= p.K) return;
-  float mean[kVector], offset[kVector], slope[kVector];
-#pragma unroll
-  for (int v = 0; v < kVector; ++v) {
-    mean[v] = load(p.mean + channel + v);
-    offset[v] = load(p.dmean + channel + v) / p.count, slope[v] = 2 * load(p.dm2 + channel + v);
-  }
-  const int first = (group * (kGradientThreads / 32) + static_cast<int>(threadIdx.x) / 32) * kGradientPixels;
-  const int end = smaller(first + kGradientPixels, p.pixels);
-  for (int pixel = first; pixel < end; pixel += kAtOnce) {
-    Vector dy[kAtOnce], y[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (pixel + i >= end) continue;
-      const int64_t at = int64_t{pixel + i} * p.K + channel;
-      dy[i] = p.dy ? load(reinterpret_cast<const Vector*>(p.dy + at)) : Vector{};
-      y[i] = load(reinterpret_cast<const Vector*>(p.y + at));
-    }
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      if (pixel + i >= end) continue;
-      Vector whole;
-#pragma unroll
-      for (int v = 0; v < kVector; ++v) {
-        whole.at[v] = narrow<T>(widen(dy[i].at[v]) + offset[v] + (widen(y[i].at[v]) - mean[v]) * slope[v]);
-      }
-      store(reinterpret_cast<Vector*>(p.to + int64_t{pixel + i} * p.K + channel), whole);
-    }
-  }
-}
-
 // How a call is cut.
 struct Regions {
   int32_t rows = 0, cols = 0, images = 1;  // of x; rows are 0 where no region fits
@@ -591,18 +539,6 @@ int64_t backward_workspace_bytes(const SeparableArgs& args, const Device& device
   });
 }
 
-template <class T>
-cudaError_t put_gradient_together(const SeparableArgs& args, T* to, cudaStream_t stream) {
-  GradientParams<T> p{};
-  p.dy = static_cast<const T*>(args.dy), p.y = static_cast<const T*>(args.y_made), p.to = to;
-  p.mean = args.mean_made, p.dmean = args.dmean, p.dm2 = args.dm2;
-  p.pixels = static_cast<int32_t>(pixels(args)), p.K = args.K, p.count = static_cast<float>(p.pixels);
-  p.chunks = Divider((args.K - 1) / (32 * kVectorBytes / static_cast<int>(sizeof(T))) + 1);
-  const int64_t groups = (p.pixels - 1) / (kGradientThreads / 32 * kGradientPixels) + 1;
-  return launch(gradient_kernel<T>, dim3(static_cast<unsigned>(groups * p.chunks.by)), dim3(kGradientThreads), 0,
-                stream, p);
-}
-
 template <class T, bool kMma>
 cudaError_t run_backward(const SeparableArgs& args, const Device& device, cudaStream_t stream) {
   const ConvShape& s = args.shape;
@@ -623,7 +559,7 @@ cudaError_t run_backward(const SeparableArgs& args, const Device& device, cudaSt
     if (p.regions > 0) {
       if (args.mean_made) {
         T* const whole = reinterpret_cast<T*>(workspace);
-        const cudaError_t error = put_gradient_together(args, whole, stream);
+        const cudaError_t error = through_statistics(args, static_cast<int32_t>(pixels(args)), whole, stream);
         if (error != cudaSuccess) return error;
         p.dy = whole;
       }
