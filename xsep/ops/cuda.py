@@ -236,7 +236,6 @@ def _block_call(backend: CudaBackend, b: BlockProblem, backward: bool, relu: boo
 def _why_not_block(backend: CudaBackend, b: BlockProblem, backward: bool) -> str | None:
     strides = torch.empty(b.depthwise.x, device="meta", memory_format=b.depthwise.memory_format).stride()
     reasons = _block_call(backend, b, backward, None).why_not((0, strides, *(0,) * (15 if backward else 8)))
-    reasons = [(family, reason) for family, reason in reasons if ("backward" in family) == backward]
     if backend.family:  # which runs though another be preferred, or it be switched off
         others = "comes after", "is switched off"
         reasons = [(name, "" if why.startswith(others) else why) for name, why in reasons if name == backend.family]
