@@ -31,3 +31,10 @@ pads_unbatched_circularly = _works(lambda: F.pad(torch.ones(1, 2, 2), (1, 1, 1, 
 def convolves(dtype, device_type) -> bool:
     """Whether torch itself convolves in this dtype."""
     return _half_on_cpu or (dtype, device_type) != (torch.float16, "cpu")
+
+
+def conv2d(x, w, *options):
+    """Of any dtype: where torch does not convolve in it, float32's, rounded once."""
+    if convolves(x.dtype, x.device.type):
+        return F.conv2d(x, w, *options)
+    return F.conv2d(x.float(), w.float(), *options).to(x.dtype)

@@ -1,12 +1,20 @@
 """The CUDA kernels of training blocks' gradients, emulated on the host and (``-m gpu``) on a card."""
 
-import needs
 import pytest
 import torch
 from conv_cases import nbytes
-from test_block_cuda import CASES, DTYPES, EMULATED, counted, in_torch, inputs, problem, square
+from test_block_cuda import (
+    CASES,
+    DTYPES,
+    EMULATED,
+    assert_same_in_every_order,
+    counted,
+    in_torch,
+    inputs,
+    problem,
+    square,
+)
 
-import xsep
 from xsep.ops.problem import output_sizes
 from xsep.testing import assert_no_worse_than_torch
 
@@ -66,11 +74,12 @@ def check(backend, case, K, dtype, family, activation=None, statistics=True, on_
     ours = results(backend.only(family), b, given, x, vectors, w_dw, w_pw, statistics, on_load)
     assert ours[0].is_contiguous(memory_format=torch.channels_last)
     tensors = (x, vectors, w_dw, w_pw)
-    dtypes = dtype if needs.convolves(dtype, backend.device) else torch.float32, torch.float64
-    theirs, truth = (in_torchs_steps(case, d, given, tensors, activation, statistics, on_load) for d in dtypes)
+    theirs, truth = (
+        in_torchs_steps(case, d, given, tensors, activation, statistics, on_load) for d in (dtype, torch.float64)
+    )
     for name, mine, yours, exact in zip(NAMES, ours, theirs, truth):
         if mine is not None:
-            assert_no_worse_than_torch(mine, yours.to(mine.dtype), exact, f"{name} of {what} in {dtype}, {family}")
+            assert_no_worse_than_torch(mine, yours, exact, f"{name} of {what} in {dtype}, {family}")
 
 
 @pytest.mark.parametrize(("dtype", "family"), FAMILIES, ids=IDS)
@@ -90,14 +99,20 @@ def test_results_do_not_depend_on_the_order_of_threads(name, dtype, family):
     case, K = TAKEN[name]
     x, *vectors, w_dw, w_pw = inputs(case, K, dtype)
     b, given = problem(case, K, x, activation="relu"), drawn(case, K, dtype, "cpu")
-    found = []
-    with xsep.backend("cuda-emulated"):
-        for order in ("ascending", "descending", "1", "2"):
-            EMULATED.module.set_order(order)
-            found.append(results(EMULATED.only(family), b, given, x, vectors, w_dw, w_pw, True, True))
-        EMULATED.module.set_order("ascending")
-    for other in found[1:]:
-        assert all(torch.equal(*pair) for pair in zip(found[0], other))
+    assert_same_in_every_order(lambda: results(EMULATED.only(family), b, given, x, vectors, w_dw, w_pw, True, True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_has_no_gradient_is_zero(dtype, cuda):
+    """dy, dmean and dm2, each of which may be None."""
+    case, K = square(16, 7, 9), 24
+    x, *vectors, w_dw, w_pw = inputs(case, K, dtype, cuda.device)
+    b, (*gradients, y, mean) = problem(case, K, x), drawn(case, K, dtype, cuda.device)
+    for missing in ((0,), (1,), (2,), (0, 1), (0, 2), (1, 2)):
+        without = [None if i in missing else t for i, t in enumerate(gradients)]
+        zeros = [torch.zeros_like(t) if i in missing else t for i, t in enumerate(gradients)]
+        ours, same = (results(cuda, b, (*g, y, mean), x, vectors, w_dw, w_pw, True, True) for g in (without, zeros))
+        assert all(torch.equal(*pair) for pair in zip(ours, same)), missing
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
