@@ -24,6 +24,9 @@ class Memory {
   ~Memory() { free(); }
 
   void* get() const { return data_; }
+  void spoil() const {
+    if (size_ > 0) write(std::vector<char>(size_, static_cast<char>(0xff)));
+  }
   std::vector<char> bytes() const {
     std::vector<char> result(size_);
     if (size_ > 0) read(result);
@@ -36,7 +39,7 @@ class Memory {
     if (posix_memalign(&data_, 64, size_) != 0) std::abort();
   }
   void free() { std::free(data_); }
-  void write(const std::vector<char>& bytes) { std::memcpy(data_, bytes.data(), size_); }
+  void write(const std::vector<char>& bytes) const { std::memcpy(data_, bytes.data(), size_); }
   void read(std::vector<char>& bytes) const { std::memcpy(bytes.data(), data_, size_); }
 #else
   static void check(cudaError_t error) {
@@ -46,7 +49,9 @@ class Memory {
   }
   void allocate() { check(cudaMalloc(&data_, size_ > 0 ? size_ : 1)); }
   void free() { cudaFree(data_); }
-  void write(const std::vector<char>& bytes) { check(cudaMemcpy(data_, bytes.data(), size_, cudaMemcpyHostToDevice)); }
+  void write(const std::vector<char>& bytes) const {
+    check(cudaMemcpy(data_, bytes.data(), size_, cudaMemcpyHostToDevice));
+  }
   void read(std::vector<char>& bytes) const { check(cudaMemcpy(bytes.data(), data_, size_, cudaMemcpyDeviceToHost)); }
 #endif
 

@@ -64,30 +64,9 @@ void test(Problem problem, int K, bool relu, bool nhwc, int threads, const std::
   compare(what + " m2", vector_type, m2.values(), truth.m2);
 
   const auto backward = [&](bool statistics, bool with_dy) {
-    Truth g{std::vector<double>(N * K * plane), std::vector<double>(N * K * plane)};
-    each([&](int64_t k, int64_t i) {
-      if (with_dy) g.values[i] += dy.values[i], g.magnitude[i] += dy.magnitude[i];
-      if (!statistics) return;
-      g.values[i] += dmean.values[k] / count + 2 * (values[i] - truth.mean.values[k]) * dm2.values[k];
-      g.magnitude[i] +=
-          dmean.magnitude[k] / count + 2 * (std::abs(values[i]) + truth.mean.magnitude[k]) * dm2.magnitude[k];
-    });
-    const auto transposed = [&](auto&& f) { return [&f](int64_t c, int64_t k) { return f(k, c); }; };
-    problem.dy = pointwise(N, C, K, plane, g.values, transposed(weight));
-    const std::vector<double> size_dz = pointwise(N, C, K, plane, g.magnitude, transposed(size));
-    if (relu) {
-      for (size_t i = 0; i < problem.dy.size(); ++i) problem.dy[i] *= problem.y.values[i] > 0;
-    }
-    problem.differentiate(size_dz);
-    Truth dw_pw{std::vector<double>(K * C), std::vector<double>(K * C, problem.cancellation)};
-    for (int64_t n = 0; n < N; ++n)
-      for (int64_t k = 0; k < K; ++k)
-        for (int64_t c = 0; c < C; ++c)
-          for (int64_t i = 0; i < plane; ++i) {
-            const int64_t a = (n * K + k) * plane + i, b = (n * C + c) * plane + i;
-            dw_pw.values[k * C + c] += g.values[a] * z.values[b];
-            dw_pw.magnitude[k * C + c] += g.magnitude[a] * z.magnitude[b];
-          }
+    const Truth g =
+        gradient_of_y(with_dy ? &dy : nullptr, values, count, plane, statistics ? &truth.mean : nullptr, dmean, dm2);
+    const Truth dw_pw = differentiate(problem, K, relu, w_pw, z, g);
 
     SeparableArgs call = args;
     call.backward = true, call.statistics = statistics;
