@@ -1,10 +1,16 @@
-"""The CUDA kernels of training blocks, emulated on the host and (``-m gpu``) on a card, beyond ``test_block.py``."""
+"""The CUDA kernels of blocks, emulated on the host and (``-m gpu``) on a card.
+
+Beyond ``test_block.py`` and ``test_inference.py``.
+"""
 
 import re
 from contextlib import contextmanager
+from itertools import product
+from types import SimpleNamespace
 
 import needs
 import pytest
+import test_inference
 import torch
 import torch.nn.functional as F
 from conv_cases import dense, nbytes
@@ -89,11 +95,60 @@ def check(backend, case, K, dtype, family, activation=None, what=""):
     check_statistics(y, mean, m2, what)
 
 
+def residual_of(kind, sizes, dtype, device):
+    """Dense, or a slice of a tensor that is NaN elsewhere: aligned to vectors of channels, or not."""
+    values = 4 * dense(sizes, dtype, 8, device)
+    if kind == "dense":
+        return values.contiguous(memory_format=torch.channels_last)
+    N, K, P, Q = sizes
+    larger = values.new_full((N + 1, K + 16, P + 2, Q + 3), torch.nan).contiguous(memory_format=torch.channels_last)
+    first = 8 if kind == "slice" else 3
+    return larger[1:, first : first + K, 1 : P + 1, 2 : Q + 2].copy_(values)
+
+
+def inference_inputs(case, K, dtype, device="cpu", biases=True, residual=None):
+    """x, w_dw, w_pw, w_dw_bias, bias, residual: so large that results pass both ends of ReLU6."""
+    x, *_, w_dw, w_pw = inputs(case, K, dtype, device, mean=0.5)
+    two = (3 * dense((channels,), dtype, seed, device) for channels, seed in ((case.C, 6), (K, 7)))
+    two = tuple(two) if biases else (None, None)
+    _, _, P, Q = problem(case, K, x).depthwise.y
+    return x, w_dw, w_pw, *two, residual and residual_of(residual, (case.N, K, P, Q), dtype, device)
+
+
+def check_inference(backend, case, K, dtype, family, relu, between, after, biases, residual, what):
+    tensors = inference_inputs(case, K, dtype, backend.device, biases, residual)
+    b = problem(case, K, tensors[0], relu, between)
+    y = backend.only(family).block_inference(b, *tensors, after)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    options = SimpleNamespace(case=case, relu=relu, activation=between, out_activation=after)
+    truth = test_inference.in_torch(options, *(None if t is None else t.double() for t in tensors))
+    options_text = f"{relu}, {between}, {after}, biases {biases}, residual {residual}"
+    what = f"{what} in {dtype}, {family}, {options_text}"
+    assert_no_worse_than_torch(y, test_inference.in_torch(options, *tensors), truth, what)
+
+
+def skip_without_tensor_cores(backend, family):
+    if backend.name == "cuda" and family == MMA and backend.card(0).arch < 80:
+        pytest.skip("the card has no tensor cores for this")
+
+
+@pytest.mark.parametrize(("dtype", "family"), FAMILIES, ids=IDS)
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_inference_cases(name, dtype, family, cuda):
+    skip_without_tensor_cores(cuda, family)
+    case, K = CASES[name]
+    turn = sorted(CASES).index(name)
+    for i, (between, after) in enumerate(product(test_inference.ACTIVATIONS, repeat=2)):
+        residual = (None, "dense", "slice", "unaligned")[(turn + i + i // 3) % 4]
+        check_inference(
+            cuda, case, K, dtype, family, i // 2 % 2 == 0, between, after, (turn + i) % 2 == 0, residual, name
+        )
+
+
 @pytest.mark.parametrize(("dtype", "family"), FAMILIES, ids=IDS)
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_cases(name, dtype, family, cuda):
-    if cuda.name == "cuda" and family == MMA and cuda.card(0).arch < 80:
-        pytest.skip("the card has no tensor cores for this")
+    skip_without_tensor_cores(cuda, family)
     case, K = CASES[name]
     for activation in (None, "relu"):
         check(cuda, case, K, dtype, family, activation, name)
@@ -120,8 +175,12 @@ def test_tiles(pixels, size, dtype, family, cuda):
         pixels = 64  # there is none of 128
     with counted() as launches:
         check(cuda, square(8, size, size, N=1), 136, dtype, family, None, f"tiles of {pixels}")
-    tile = re.search(r"FpropTile<[\w:]+, (\d+), \w+, true>", launches[0]["kernel"])
-    assert int(tile[1]) == pixels and launches[0]["grid"] == -(-size * size // pixels)
+        check_inference(
+            cuda, square(8, size, size, N=1), 136, dtype, family, True, "relu6", "relu6", True, "slice", "tiles"
+        )
+    for launch in (launches[0], launches[-1]):
+        tile = re.search(r"FpropTile<[\w:]+, (\d+), \w+, true>", launch["kernel"])
+        assert int(tile[1]) == pixels and launch["grid"] == -(-size * size // pixels)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -221,6 +280,53 @@ def test_bytes(dtype):
     assert merge["stores"]["bytes"] == nbytes(mean) + nbytes(m2)
 
 
+@pytest.mark.parametrize("kind", ["dense", "slice"])
+@pytest.mark.parametrize(("dtype", "family"), FAMILIES, ids=IDS)
+def test_bytes_of_inference(dtype, family, kind):
+    """The residual is read once, as y is stored: 16 bytes at once.  Nothing else is stored."""
+    case, K = square(64, 24, 24, N=2), 128
+
+    def loads_of(residual):
+        tensors = inference_inputs(case, K, dtype, residual=residual)
+        with counted() as launches, xsep.backend("cuda-emulated"):
+            b = problem(case, K, tensors[0], True, "relu")
+            y = EMULATED.only(family).block_inference(b, *tensors, "relu6")
+        (launch,) = launches
+        assert launch["stores"]["bytes"] == launch["stores"]["accesses"][16] * 16 == nbytes(y)
+        return launch["loads"], nbytes(y)
+
+    (without, _), (loads, size) = loads_of(None), loads_of(kind)
+    assert loads["bytes"] - without["bytes"] == (loads["accesses"][16] - without["accesses"][16]) * 16 == size
+    # A slice that begins amid a sector touches one more for each pixel.
+    amid = kind == "slice" and 8 * dtype.itemsize % 32 != 0
+    assert loads["distinct_sectors"] - without["distinct_sectors"] == size // 32 + amid * (2 * 24 * 24)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_pass_activations(dtype, cuda):
+    """As torch does: NaN stays, infinities become the ends."""
+    case, K = square(16, 5, 6, 1, N=1), 16
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype, device=cuda.device)
+    x, _, _, _, _, residual = inference_inputs(case, K, dtype, cuda.device, residual="dense")
+    identity = torch.eye(K, device=cuda.device).to(dtype).view(K, K, 1, 1)
+    ones = torch.ones(16, 1, 1, 1, dtype=dtype, device=cuda.device)
+    residual[0, :, 2, :3] = odd
+    for between, after in product(("relu", "relu6"), repeat=2):
+        y = cuda.block_inference(problem(case, K, x, True, between), x, ones, identity, None, None, residual, after)
+        expected = torch.tensor([torch.nan, torch.inf if after == "relu" else 6, 0], dtype=dtype, device=cuda.device)
+        torch.testing.assert_close(y[0, :, 2, :3], expected.expand(K, 3), rtol=0, atol=0, equal_nan=True)
+    x[0, :, 1, 1] = torch.nan
+    y = cuda.block_inference(problem(case, K, x, True, "relu6"), x, ones, identity, None, None, None, "relu6")
+    assert y[0, :, 1, 1].isnan().all() and y.isnan().sum() == K
+
+
+def test_explain_block_says_that_inference_runs_in_one_go(cuda):
+    x, _, _, _, w_dw, w_pw = inputs(square(16, 5, 5), 8, torch.float16, cuda.device)
+    for activation in (None, "relu", "relu6"):
+        lines = xsep.explain_block(x, w_dw, w_pw, padding=1, activation=activation).splitlines()
+        assert [line.split(maxsplit=1)[1] for line in lines if line.startswith("  inference")] == ["runs in one go"]
+
+
 def test_why_not():
     case, K = square(16, 5, 5), 8
     x = inputs(case, K, torch.float32)[0]
@@ -231,6 +337,7 @@ def test_why_not():
         return EMULATED.why_not_block(b._replace(depthwise=b.depthwise._replace(**changes)), backward)
 
     assert reason() is None and reason(activation="relu") is None
+    assert EMULATED.why_not_block_inference(problem(case, K, x, activation="relu6")) is None
     assert "the layout is NCHW" in reason(nhwc=False)
     assert "multiplier is not 1" in reason(w=(32, 1, 3, 3))
     assert "do not apply elu" in reason(activation="elu")

@@ -338,7 +338,7 @@ def test_selftest_passes(cuda, no_verdicts, capsys):
     families = [line for line in lines if len(line) > 2 and line[0] != "testing"]
     cells = {tuple(line[:2]): line[2:6] for line in families if line[1].startswith("depthwise_")}
     assert len(cells) == 3 * 6 + 1 and all("-" not in row for (_, name), row in cells.items() if "generic" in name)
-    for name, column in (("separable_fprop_", 6), ("separable_backward_", 7)):
+    for name, column in (("separable_fprop_", 6), ("separable_backward_", 7), ("separable_fprop_", 8)):
         blocks = [line[column] for line in families if line[1].startswith(name)]
         assert len(blocks) == 1 + 2 * 2 and "-" not in blocks
     assert "-" not in [row[0] for (_, name), row in cells.items() if "fprop" in name]

@@ -195,7 +195,7 @@ def test_blocks_without_statistics_and_of_nothing(triton):
     nothing = x[:0]
     y, mean, m2 = triton.block(b, nothing, w, w_pw, None, True)
     assert y.numel() == 0 and mean.tolist() == m2.tolist() == [0, 0]
-    assert triton.block_inference(b, nothing, w, w_pw, None, None, y, None, "relu").shape == y.shape
+    assert triton.block_inference(b, nothing, w, w_pw, None, None, y, "relu").shape == y.shape
     on_load = (*(torch.ones(3) for _ in range(3)), True)
     for given, sums in ((None, []), (on_load, [(3,), (3,)])):
         dx, *others = triton.block_backward(b, y, mean, None, y, mean, nothing, w, w_pw, given)
@@ -316,7 +316,7 @@ def test_selftest(triton, monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     maps, blocks = (line for line in printed.splitlines() if line.startswith("float16"))
     assert maps.split()[1] == "depthwise_triton" and maps.count("(") == 4 and "FAILED" not in maps
-    assert blocks.split()[1] == "block_triton" and blocks.count("(") == 2 and "FAILED" not in blocks
+    assert blocks.split()[1] == "block_triton" and blocks.count("(") == 3 and "FAILED" not in blocks
     assert "bfloat16   depthwise_triton                          -" in printed
     families = triton.family, triton.block_family
     triton_backend._why_failed.cache_clear()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -47,7 +48,8 @@ SHAPES = {
     "one_pixel": _ONE_PIXEL,
     **{name: NAMED[name] for name in _OTHERS},
 }
-_BLOCK, _BLOCK_BACKWARD = "block", "block_backward"  # beside the passes: the training block
+# Beside the passes: the training block, and its inference form.
+_BLOCK, _BLOCK_BACKWARD, _BLOCK_INFERENCE = _OF_BLOCKS = "block", "block_backward", "block_inference"
 _BLOCK_CHANNELS = 40  # of its y
 _LOST = 3  # exit status: a kernel has made the device unusable for its process
 _lock = threading.Lock()
@@ -77,6 +79,7 @@ class Case(NamedTuple):
     dy: Tensor
     w_pw: Tensor
     block_gradients: list[Tensor]  # dy, dmean, dm2, y, mean of the block
+    block_added: list[Tensor]  # w_dw_bias, bias, residual of its inference form
     truth: dict[str, list[tuple[Tensor, Tensor]]]  # of each output: its value, the sum of the sizes of its terms
 
 
@@ -110,7 +113,7 @@ def check(
     results = []
     for family in (name for name in _families(backend, dtype) if name not in without):
         begin(family)
-        for name in (_BLOCK, _BLOCK_BACKWARD) if family in backend.block_families(dtype) else PASSES:
+        for name in _OF_BLOCKS if family in backend.block_families(dtype) else PASSES:
             result = Result(family, dtype, name, 0, 0.0, "")
             for case in cases:
                 result = _checked(result, backend.only(family), name, case)
@@ -151,9 +154,12 @@ def _checked(so_far: Result, family: CudaBackend, name: str, case: Case) -> Resu
 
 def _takes(family: Any, name: str, case: Case) -> bool:
     p = case.problem
-    if name in (_BLOCK, _BLOCK_BACKWARD):
-        kind = family.why_not_kind(p.device, p.dtype, p.device_index)
-        return kind is None and family.why_not_block(_block(case), name == _BLOCK_BACKWARD) is None
+    if name in _OF_BLOCKS and family.why_not_kind(p.device, p.dtype, p.device_index) is not None:
+        return False
+    if name == _BLOCK_INFERENCE:
+        return family.why_not_block_inference(_block(case, "relu6")) is None
+    if name in _OF_BLOCKS:
+        return family.why_not_block(_block(case), name == _BLOCK_BACKWARD) is None
     try:
         family.kernel(p, PASSES.index(name), None if case.on_load is None else case.on_load[3])
     except ValueError:
@@ -161,8 +167,9 @@ def _takes(family: Any, name: str, case: Case) -> bool:
     return True
 
 
-def _block(case: Case) -> BlockProblem:
-    return BlockProblem(case.problem, _BLOCK_CHANNELS, case.on_load is not None, "relu" if case.on_load else None)
+def _block(case: Case, activation: str = "relu") -> BlockProblem:
+    """Its activation, where there is a function on load; else none."""
+    return BlockProblem(case.problem, _BLOCK_CHANNELS, case.on_load is not None, activation if case.on_load else None)
 
 
 class _NanFilledMemory(TorchDispatchMode):
@@ -196,6 +203,9 @@ def _outputs(backend: CudaBackend, name: str, case: Case) -> tuple[Tensor, ...]:
         dy, dmean, dm2, y, mean = case.block_gradients
         made = backend.block_backward(_block(case), dy, dmean, dm2, y, mean, x, w, case.w_pw, case.on_load)
         return tuple(t for t in made if t is not None)
+    if name == _BLOCK_INFERENCE:
+        b, (w_dw_bias, bias, residual) = _block(case, "relu6"), case.block_added
+        return (backend.block_inference(b, x, w, case.w_pw, w_dw_bias, bias, residual, b.activation),)
     if name == "fprop":
         return (backend.fprop(p, x, w, case.bias, case.on_load),)
     if name == "dgrad":
@@ -231,17 +241,20 @@ def _case(name: str, shape: Shape, dtype: torch.dtype, nhwc: bool, with_on_load:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         on_load = (*(moved(v, wide) for v in vectors), True)
     truth = _truth(exact, x, w, bias, dy, vectors)
-    gradients = []
+    gradients, added = [], []
     if shape.M == 1:  # blocks of others have no kernels
         like_y, like_mean = (shape.N, _BLOCK_CHANNELS, *exact.y[2:]), (_BLOCK_CHANNELS,)
         gradients = [draw(*sizes) / 64 for sizes in (like_y, like_mean, like_mean)]  # so that sums stay below 65504
         gradients += [draw(*like_y), draw(*like_mean)]
         truth[_BLOCK] = [_block_truth(exact, dtype, x, w, w_pw, vectors)]
         truth[_BLOCK_BACKWARD] = _block_backward_truth(exact, dtype, gradients, x, w, w_pw, vectors)
+        added = [bias, draw(_BLOCK_CHANNELS), draw(*like_y)]
+        truth[_BLOCK_INFERENCE] = [_block_inference_truth(exact, dtype, x, w, w_pw, added, with_on_load)]
     block_gradients = [laid_out(t) if t.dim() == 4 else moved(t, torch.float32) for t in gradients]
     return Case(
         f"{name} {'NHWC' if nhwc else 'NCHW'}{' on_load' if with_on_load else ''}",
-        *(problem, on_load, laid_out(x), moved(w), moved(bias), laid_out(dy), moved(w_pw), block_gradients, truth),
+        *(problem, on_load, laid_out(x), moved(w), moved(bias), laid_out(dy), moved(w_pw), block_gradients),
+        *([laid_out(t) if t.dim() == 4 else moved(t) for t in added], truth),
     )
 
 
@@ -252,7 +265,7 @@ def _block_truth(p: Problem, dtype: torch.dtype, x: Tensor, w: Tensor, w_pw: Ten
     """
     if vectors is not None:
         x = _on_load(x, vectors)
-    z, size = _rounded_z(p, dtype, x, w, vectors)
+    z, size = _rounded_z(p, dtype, x, w, math.inf if vectors is not None else None)
     return torch.nn.functional.conv2d(z, w_pw), torch.nn.functional.conv2d(size, w_pw.abs())
 
 
@@ -265,10 +278,22 @@ def _rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / 2 / (16 * torch.finfo(torch.float32).eps)
 
 
-def _rounded_z(p: Problem, dtype: torch.dtype, u: Tensor, w: Tensor, vectors) -> tuple[Tensor, Tensor]:
-    z, size = aten.fprop(p, u, w, None), aten.fprop(p, u.abs(), w.abs(), None)
-    z = z if vectors is None else z.relu()
+def _rounded_z(p: Problem, dtype: torch.dtype, u: Tensor, w: Tensor, high, bias=None) -> tuple[Tensor, Tensor]:
+    """z between 0 and ``high``, or as it is."""
+    z, size = aten.fprop(p, u, w, bias), aten.fprop(p, u.abs(), w.abs(), bias if bias is None else bias.abs())
+    z = z if high is None else z.clamp(0, high)
     return z, size + _rounding(dtype) * z.abs()
+
+
+def _block_inference_truth(
+    p: Problem, dtype: torch.dtype, x: Tensor, w: Tensor, w_pw: Tensor, added: list[Tensor], activated: bool
+) -> tuple[Tensor, Tensor]:
+    """y of the inference form, ``activated`` with a ReLU on load and ReLU6 after each convolution."""
+    w_dw_bias, bias, residual = added
+    z, size = _rounded_z(p, dtype, x.relu() if activated else x, w, 6 if activated else None, w_dw_bias)
+    y = torch.nn.functional.conv2d(z, w_pw, bias) + residual
+    size = torch.nn.functional.conv2d(size, w_pw.abs(), bias.abs()) + residual.abs()
+    return y.clamp(0, 6) if activated else y, size
 
 
 def _block_backward_truth(p: Problem, dtype: torch.dtype, gradients, x: Tensor, w: Tensor, w_pw: Tensor, vectors):
@@ -279,7 +304,7 @@ def _block_backward_truth(p: Problem, dtype: torch.dtype, gradients, x: Tensor, 
     whole = dy + dmean / count + 2 * deviations * dm2
     size = dy.abs() + dmean.abs() / count + 2 * (deviations * dm2).abs() + rounding * whole.abs()
     u = x if vectors is None else _on_load(x, vectors)
-    z, z_size = _rounded_z(p, dtype, u, w, vectors)
+    z, z_size = _rounded_z(p, dtype, u, w, math.inf if vectors is not None else None)
     products = [(whole, z), (size, z.abs()), (whole.abs(), z_size)]
     dw_pw, *sizes = (torch.einsum("nkpq,ncpq->kc", *pair).view(w_pw.shape) for pair in products)
     dz, dz_size = (
@@ -450,11 +475,11 @@ def _driver(backend: Any) -> str:
 
 def table(results: list[Result]) -> str:
     """A line per dtype and family, a column per pass: the number of cases and the largest error."""
-    lines = [f"{'':11s}{'':27s}" + "".join(f"{name:>16s}" for name in (*PASSES, _BLOCK, _BLOCK_BACKWARD))]
+    lines = [f"{'':11s}{'':27s}" + "".join(f"{name:>16s}" for name in (*PASSES, *_OF_BLOCKS))]
     for dtype, family in dict.fromkeys((result.dtype, result.family) for result in results):
         cells = []
         of_family = {r.pass_: r for r in results if (r.dtype, r.family) == (dtype, family)}
-        for result in (of_family.get(name) for name in (*PASSES, _BLOCK, _BLOCK_BACKWARD)):
+        for result in (of_family.get(name) for name in (*PASSES, *_OF_BLOCKS)):
             passed = f"{result.cases} ({result.worst:.2f})" if result and result.cases else "-"
             cells.append(f"{'FAILED' if result and result.failure else passed:>16s}")
         lines.append(f"{str(dtype).removeprefix('torch.'):11s}{family:27s}" + "".join(cells))

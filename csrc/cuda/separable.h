@@ -1,8 +1,9 @@
-// One call of the training block, forward or backward: raw pointers, element strides, a caller's workspace.
+// One call of the training block, forward or backward, or of its inference form: raw pointers, element strides, a
+// caller's workspace.
 //
 //   u        = the function on load of x; padding is zeros of u
-//   z        = activation(depthwise(u, w_dw))
-//   y        = pointwise(z, w_pw)
+//   z        = activation(depthwise(u, w_dw) + w_dw_bias)
+//   y        = out_activation(pointwise(z, w_pw) + bias + residual)
 //   mean, m2 = per channel of y, as it is stored: the mean, and the sum of the squared deviations from it
 //
 // x is (N, C, H, W), w_dw (C, 1, R, S) and w_pw (K, C), both contiguous, y (N, K, P, Q).  As in depthwise.h x may be a
@@ -16,7 +17,7 @@
 
 namespace xsep::cuda {
 
-enum class Activation : int { kNone = 0, kRelu = 1 };
+enum class Activation : int { kNone = 0, kRelu = 1, kRelu6 = 2 };
 
 struct SeparableArgs {
   ConvShape shape;  // of the depthwise convolution
@@ -32,6 +33,10 @@ struct SeparableArgs {
   bool backward = false;
 
   // Forward.
+  const void* w_dw_bias = nullptr;  // C numbers of the tensors' type, optional
+  const void* bias = nullptr;       // K numbers of it, optional
+  TensorRef residual;               // of y's sizes, optional
+  Activation out_activation = Activation::kNone;
   void* y = nullptr;      // dense in the layout
   float* mean = nullptr;  // K numbers; null: no statistics
   float* m2 = nullptr;    // likewise

@@ -508,6 +508,7 @@ std::string why_not_backward(const SeparableArgs& args, const Device& device) {
   constexpr int kVector = kVectorBytes / sizeof(T);
   const ConvShape& s = args.shape;
   if (!args.backward) return "it makes gradients";
+  if (args.activation == Activation::kRelu6) return "it has no gradients of ReLU6";
   if (s.R != 3 || s.S != 3) return "the filter is not 3x3";
   if (s.stride_h > 2 || s.stride_w > 2) return "a stride is above 2";
   const std::string reason = why_not_any<T, kMma>(args, device);

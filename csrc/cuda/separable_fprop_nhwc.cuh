@@ -1,5 +1,6 @@
 // The training block's forward pass, NHWC: y = pointwise(activation(depthwise(u))) with u made of x on load, and the
-// statistics of y.  Any filter, stride, padding and dilation; channel multiplier 1.
+// statistics of y; in inference with biases, a residual and an activation of y instead.  Any filter, stride, padding
+// and dilation; channel multiplier 1.
 //
 // A block takes kM pixels of y, neighbours in memory.  It first makes the depthwise results of all input channels for
 // them, in shared memory, each once; then the pointwise weights stream past these in stages of 128 output channels x
@@ -76,6 +77,12 @@ struct FpropParams {
   bool has_on_load, relu;   // relu: of z
   bool slides;              // 3x3, and pixels that are neighbours share columns
   int32_t lanes_log2, run;  // of the depthwise part: vectors of channels side by side, pixels of a thread
+  // Of inference; null and without limits elsewhere.
+  const T *w_dw_bias = nullptr, *bias = nullptr;
+  const char* residual = nullptr;
+  int64_t residual_image = 0, residual_row = 0, residual_col = 0;  // strides, in bytes
+  float z_high = INFINITY, low = -INFINITY, high = INFINITY;       // the limits of z, beside relu, and of y
+  bool finishes = false;                                           // something of these is y's
 };
 
 struct Position {
@@ -91,12 +98,23 @@ __device__ __forceinline__ Position position(const FpropParams<T>& p, int pixel)
   return at;
 }
 
-// A pixel of z, rounded, into shared memory.
+// NaN stays.
+__device__ __forceinline__ float clamped(float value, float low, float high) {
+  value = value < low ? low : value;
+  return value > high ? high : value;
+}
+
+// A pixel of z, rounded, into shared memory.  The bias is loaded for each: there are no registers to hold it.
 template <class T, int kV>
-__device__ __forceinline__ void put(char* to, const float (&sums)[kV], bool relu) {
+__device__ __forceinline__ void put(char* to, float (&sums)[kV], const FpropParams<T>& p, int channel) {
+  if (p.w_dw_bias) {
+    const auto bias = load(reinterpret_cast<const Vec<T, kV>*>(p.w_dw_bias + channel));
+#pragma unroll
+    for (int v = 0; v < kV; ++v) sums[v] += widen(bias.at[v]);
+  }
   Vec<T, kV> z;
 #pragma unroll
-  for (int v = 0; v < kV; ++v) z.at[v] = narrow<T>(relu && sums[v] <= 0 ? 0.f : sums[v]);
+  for (int v = 0; v < kV; ++v) z.at[v] = narrow<T>(clamped(sums[v], p.relu ? 0.f : -INFINITY, p.z_high));
   *reinterpret_cast<Vec<T, kV>*>(to) = z;
 }
 
@@ -154,7 +172,7 @@ __device__ __forceinline__ void slide(const FpropParams<typename Tile::T>& p, in
           sums[1][v] += u[r][v] * w[3 * r][v];
         }
       }
-      if (i >= 0) put<T>(z + i * pitch, done, p.relu);
+      if (i >= 0) put(z + i * pitch, done, p, channel);
     }
     z += in_row * pitch, pixel += in_row, count -= in_row;
   }
@@ -206,7 +224,7 @@ __device__ __forceinline__ void gather(const FpropParams<typename Tile::T>& p, i
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (i < left) put<T>(z + (first + i) * pitch, sums[i], p.relu);
+      if (i < left) put(z + (first + i) * pitch, sums[i], p, channel);
     }
   }
 }
@@ -394,10 +412,15 @@ struct Pair {
     const Vec<T, 2> both{{narrow<T>(a), narrow<T>(b)}};
     memcpy(word, &both, sizeof both);
   }
+  __device__ __forceinline__ void add_to(float& a, float& b) const {
+    Vec<T, 2> both;
+    memcpy(&both, word, sizeof both);
+    a += widen(both.at[0]), b += widen(both.at[1]);
+  }
 };
 
 // Eight columns of a row of a lane become vectors of neighbouring channels: lanes t exchange pairs until each holds a
-// whole vector, of which there are then as many as pairs were.
+// whole vector, of which there are then as many as pairs were.  Vectors become columns likewise.
 template <class T>
 __device__ __forceinline__ void transpose(Pair<T> (&pairs)[4]) {
   constexpr int kPairs = kVectorBytes / sizeof(Pair<T>);  // of a vector
@@ -418,13 +441,73 @@ __device__ __forceinline__ void transpose(Pair<T> (&pairs)[4]) {
   }
 }
 
+// What transpose() leaves a lane in pairs[j] of eight columns: the first channel of the vector, among theirs.
+template <class Tile>
+__device__ __forceinline__ int channel_of(int j) {
+  constexpr int kPairs = Tile::kVector / 2;
+  const int number = threadIdx.x % 4;
+  return 8 * (j + number % kPairs) + number / kPairs * Tile::kVector;
+}
+
+// Inference: adds the bias and the residual to the sums of a warp's pixels and channels from `channel` on, and clamps
+// them.  A thread reads the residual as it stores y, 16 bytes at once.
+template <class Tile, int kRows, int kCols>
+__device__ __forceinline__ void finish(const FpropParams<typename Tile::T>& p, float (&sums)[kRows][kCols],
+                                       int first_pixel, int channel) {
+  using T = typename Tile::T;
+  constexpr int kPairs = Tile::kVector / 2;
+  const int group = threadIdx.x % 32 / 4, number = threadIdx.x % 4;
+  if (p.bias) {
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) {
+      const int at = channel + j / 2 * 8 + 2 * number + j % 2;
+      const float bias = at < p.K ? widen(load(p.bias + at)) : 0.f;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) sums[i][j] += bias;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    if (p.residual) {
+      // Kept, or the compiler would find all addresses once, and hold them.
+      const int pixel = nhwc::keep(first_pixel + 8 * i + group);
+      const Position from = position(p, pixel);
+      const auto row = reinterpret_cast<const T*>(p.residual + from.n * p.residual_image + from.p * p.residual_row +
+                                                  from.q * p.residual_col);
+#pragma unroll
+      for (int first = 0; first < kCols; first += 8) {
+        Pair<T> pairs[4];
+#pragma unroll
+        for (int j = 0; j < 4; j += kPairs) {
+          const int at = channel + 4 * first + channel_of<Tile>(j);
+          Vec<T, Tile::kVector> vector{};
+          if (pixel < p.pixels && at < p.K) {
+            if constexpr (Tile::kVectors) {
+              vector = load(reinterpret_cast<const Vec<T, Tile::kVector>*>(row + at));
+            } else {
+#pragma unroll
+              for (int v = 0; v < Tile::kVector; ++v) vector.at[v] = at + v < p.K ? load(row + at + v) : T{};
+            }
+          }
+          memcpy(&pairs[j], &vector, kVectorBytes);
+        }
+        transpose(pairs);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) pairs[j].add_to(sums[i][first + 2 * j], sums[i][first + 2 * j + 1]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kCols; ++j) sums[i][j] = clamped(sums[i][j], p.low, p.high);
+  }
+}
+
 // y of a warp's pixels and channels from `channel` on: 16 bytes a thread, 64 neighbouring bytes for each pixel.
 template <class Tile, int kRows, int kCols>
 __device__ __forceinline__ void store_y(const FpropParams<typename Tile::T>& p, const float (&sums)[kRows][kCols],
                                         int first_pixel, int channel) {
   using T = typename Tile::T;
   constexpr int kPairs = kVectorBytes / sizeof(Pair<T>), kVector = Tile::kVector;
-  const int group = threadIdx.x % 32 / 4, number = threadIdx.x % 4;
+  const int group = threadIdx.x % 32 / 4;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     const int pixel = first_pixel + 8 * i + group;
@@ -437,7 +520,7 @@ __device__ __forceinline__ void store_y(const FpropParams<typename Tile::T>& p, 
       transpose(pairs);
 #pragma unroll
       for (int j = 0; j < 4; j += kPairs) {
-        const int at = channel + 4 * first + 8 * (j + number % kPairs) + number / kPairs * kVector;
+        const int at = channel + 4 * first + channel_of<Tile>(j);
         if (pixel >= p.pixels || at >= p.K) continue;
         Vec<T, kVector> vector;
         memcpy(&vector, &pairs[j], kVectorBytes);
@@ -454,8 +537,15 @@ __device__ __forceinline__ void store_y(const FpropParams<typename Tile::T>& p, 
   }
 }
 
+// The memory of Turing's multiprocessors holds one block of any tile, which may then have all registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+constexpr int kFpropResident = 1;
+#else
+constexpr int kFpropResident = 4;
+#endif
+
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+__global__ void __launch_bounds__(Tile::kThreads, smaller(Tile::kResident, kFpropResident))
     separable_fprop_nhwc_kernel(const FpropParams<typename Tile::T> p) {
   using T = typename Tile::T;
   constexpr int kRows = Tile::kRows, kCols = Tile::kCols, kK = Tile::kK;
@@ -490,6 +580,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                      stages + stage * kStageBytes + warp_column * kStagePitch, sums);
       stage = stage + 1 == kStages ? 0 : stage + 1;
     }
+    if (p.finishes) finish<Tile>(p, sums, warp_pixel, n + warp_column);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
@@ -513,7 +604,9 @@ template <class T>
 bool in_vectors(const SeparableArgs& args) {
   constexpr int kVector = kVectorBytes / sizeof(T);
   return args.shape.C % kVector == 0 && args.K % kVector == 0 && aligned(args.w_pw, kVectorBytes) &&
-         aligned(args.y, kVectorBytes) && aligned(args.w_dw, 4 * sizeof(T)) && nhwc::why_not<T>(args.x, "x", 4).empty();
+         aligned(args.y, kVectorBytes) && aligned(args.w_dw, 4 * sizeof(T)) && aligned(args.w_dw_bias, 4 * sizeof(T)) &&
+         nhwc::why_not<T>(args.x, "x", 4).empty() &&
+         (!args.residual.data || nhwc::why_not<T>(args.residual, "residual", kVector).empty());
 }
 
 // Calls f with the largest tile that fits and gives each multiprocessor a block.  Below 32 pixels the weights take
@@ -554,6 +647,7 @@ std::string why_not(const SeparableArgs& args, const Device& device) {
   if (args.backward) return "it makes no gradients";
   const std::string reason = why_not_any<T, kMma>(args, device);
   if (!reason.empty()) return reason;
+  if (args.residual.data && args.K > 1 && args.residual.c != 1) return "the residual's channels are not neighbours";
   const int64_t bytes = FpropTile<T, 16, kMma, true>::shared_bytes(args.shape.C);
   if (bytes > device.shared_bytes) {
     return "16 pixels of " + std::to_string(args.shape.C) + " channels take " + std::to_string(bytes) +
@@ -583,7 +677,15 @@ FpropParams<T> fprop_params(const SeparableArgs& args) {
   p.dilation_h = s.dilation_h, p.dilation_w = s.dilation_w;
   p.P = Divider(s.P()), p.Q = Divider(s.Q());
   p.on_load = OnLoadVectors(args.on_load), p.has_on_load = args.on_load.any();
-  p.relu = args.activation == Activation::kRelu;
+  p.relu = args.activation != Activation::kNone;
+  p.w_dw_bias = static_cast<const T*>(args.w_dw_bias), p.bias = static_cast<const T*>(args.bias);
+  p.residual = static_cast<const char*>(args.residual.data);
+  p.residual_image = args.residual.n * size, p.residual_row = args.residual.h * size;
+  p.residual_col = args.residual.w * size;
+  if (args.activation == Activation::kRelu6) p.z_high = 6;
+  if (args.out_activation != Activation::kNone) p.low = 0;
+  if (args.out_activation == Activation::kRelu6) p.high = 6;
+  p.finishes = p.bias || p.residual || args.out_activation != Activation::kNone;
   p.slides = s.R == 3 && s.S == 3 && s.stride_w == 1 && s.dilation_w == 1;
   return p;
 }

@@ -61,22 +61,25 @@ class CudaCall : PreparedCall {
   std::string family_;
 };
 
-// A training block's forward or backward pass, prepared once.
+// A training block's forward or backward pass, or its inference form, prepared once.
 class CudaSeparableCall {
  public:
-  CudaSeparableCall(bool backward, const ConvShape& shape, int K, int dtype, bool nhwc, int activation, bool on_load,
-                    bool relu, int card, std::string family)
-      : card_(card), family_(std::move(family)), on_load_(on_load) {
+  CudaSeparableCall(bool backward, const ConvShape& shape, int K, int dtype, bool nhwc, int activation,
+                    int out_activation, bool relu, int card, std::string family)
+      : card_(card), family_(std::move(family)) {
     check(shape);
     if (K < 1) throw std::invalid_argument("K must be at least 1; got " + std::to_string(K));
-    if (activation < 0 || activation > 1) {
-      throw std::invalid_argument("activation must be 0 (none) or 1 (ReLU); got " + std::to_string(activation));
+    for (const int each : {activation, out_activation}) {
+      if (each < 0 || each > 2) {
+        throw std::invalid_argument("activation must be 0 (none), 1 (ReLU) or 2 (ReLU6); got " + std::to_string(each));
+      }
     }
     check_card(card);
     args_.backward = backward, args_.shape = shape, args_.K = K, args_.nhwc = nhwc;
     args_.dtype = static_cast<Dtype>(dtype);
     with_dtype(args_.dtype, [](auto) {});
     args_.activation = static_cast<cuda::Activation>(activation);
+    args_.out_activation = static_cast<cuda::Activation>(out_activation);
     args_.on_load.relu = relu;
   }
 
@@ -93,17 +96,20 @@ class CudaSeparableCall {
   }
 
  private:
-  // With (x, its strides, w_dw, w_pw, center, scale, shift), and then (y, mean, m2) or
+  // With (x, its strides, w_dw, w_pw, center, scale, shift), and then
+  // (y, mean, m2, w_dw_bias, bias, residual, its strides) or
   // (dy, y, mean, dmean, dm2, dx, dw_dw, dw_pw, dscale, dshift), for which w_pw is transposed.
   cuda::SeparableArgs with(const py::tuple& tensors) const {
-    const size_t entries = args_.backward ? 17 : 10;
+    const size_t entries = args_.backward ? 17 : 14;
     if (tensors.size() != entries) throw std::invalid_argument("a call takes " + std::to_string(entries) + " entries");
     const auto pointer = [&](int i) { return reinterpret_cast<void*>(tensors[i].cast<uintptr_t>()); };
-    const auto strides = tensors[1].cast<std::array<int64_t, 4>>();
+    const auto located = [&](int i) -> TensorRef {
+      const auto strides = tensors[i + 1].cast<std::array<int64_t, 4>>();
+      return {pointer(i), strides[0], strides[1], strides[2], strides[3]};
+    };
     cuda::SeparableArgs call = args_;
-    call.x = {pointer(0), strides[0], strides[1], strides[2], strides[3]};
     const auto vector = [&](int i) { return static_cast<float*>(pointer(i)); };
-    call.w_dw = pointer(2), (call.backward ? call.w_pw_t : call.w_pw) = pointer(3);
+    call.x = located(0), call.w_dw = pointer(2), (call.backward ? call.w_pw_t : call.w_pw) = pointer(3);
     call.on_load.center = pointer(4), call.on_load.scale = pointer(5), call.on_load.shift = pointer(6);
     if (call.backward) {
       call.dy = pointer(7), call.y_made = pointer(8);
@@ -112,8 +118,9 @@ class CudaSeparableCall {
       call.dscale = vector(15), call.dshift = vector(16);
     } else {
       call.y = pointer(7), call.mean = vector(8), call.m2 = vector(9);
+      call.w_dw_bias = pointer(10), call.bias = pointer(11), call.residual = located(12);
     }
-    if (on_load_ && !(call.on_load.center && call.on_load.scale && call.on_load.shift)) {
+    if (!call.on_load.center != !call.on_load.scale || !call.on_load.center != !call.on_load.shift) {
       throw std::invalid_argument("center, scale and shift go together");
     }
     if (!call.mean != !call.m2) throw std::invalid_argument("mean and m2 go together");
@@ -126,7 +133,6 @@ class CudaSeparableCall {
   cuda::SeparableArgs args_{};
   int card_;
   std::string family_;
-  bool on_load_;  // there are vectors
 };
 
 }  // namespace
@@ -173,9 +179,9 @@ void bind_cuda(py::module_& m) {
       },
       py::arg("dtype"), py::arg("family"), py::arg("enabled"));
   py::class_<CudaSeparableCall>(m, "CudaSeparableCall", py::module_local())
-      .def(py::init<bool, const ConvShape&, int, int, bool, int, bool, bool, int, std::string>(), py::arg("backward"),
-           py::arg("shape"), py::arg("K"), py::arg("dtype"), py::arg("nhwc"), py::arg("activation"), py::arg("on_load"),
-           py::arg("relu"), py::arg("card"), py::arg("family"))
+      .def(py::init<bool, const ConvShape&, int, int, bool, int, int, bool, int, std::string>(), py::arg("backward"),
+           py::arg("shape"), py::arg("K"), py::arg("dtype"), py::arg("nhwc"), py::arg("activation"),
+           py::arg("out_activation"), py::arg("relu"), py::arg("card"), py::arg("family"))
       .def("__call__", &CudaSeparableCall::operator(), py::arg("tensors"), py::arg("stream"), py::arg("allocate"))
       .def("why_not", &CudaSeparableCall::why_not, py::arg("tensors"), "Each family, and why it would not run.");
 }

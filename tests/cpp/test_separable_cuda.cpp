@@ -68,16 +68,17 @@ void test(int turn, Problem problem, int K, bool relu, bool slices, const cuda::
   if (relu) {
     for (double& v : z.values) v = std::max(v, 0.0);
   }
-  Truth y{
-      pointwise(s.N, K, s.C, plane, z.values, [&](int64_t k, int64_t c) { return w_pw.values[k * s.C + c]; }),
-      pointwise(s.N, K, s.C, plane, z.magnitude, [&](int64_t k, int64_t c) { return w_pw.magnitude[k * s.C + c]; })};
-  if (dtype != Dtype::kFloat32) {
+  const auto pointwise_of = [&](const Truth& of) {
+    const auto each = [&](const std::vector<double>& values, const std::vector<double>& weights) {
+      return pointwise(s.N, K, s.C, plane, values, [&](int64_t k, int64_t c) { return weights[k * s.C + c]; });
+    };
     // The matrix units take z in the tensors' type.
-    const std::vector<double> rounding = pointwise(s.N, K, s.C, plane, absolute(z.values), [&](int64_t k, int64_t c) {
-      return w_pw.magnitude[k * s.C + c] * rounding_of(dtype) / kAccumulation;
-    });
-    for (size_t i = 0; i < rounding.size(); ++i) y.magnitude[i] += rounding[i];
-  }
+    std::vector<double> size = of.magnitude;
+    const double rounding = dtype == Dtype::kFloat32 ? 0 : rounding_of(dtype) / kAccumulation;
+    for (size_t i = 0; i < size.size(); ++i) size[i] += rounding * std::abs(of.values[i]);
+    return Truth{each(of.values, w_pw.values), each(size, w_pw.magnitude)};
+  };
+  const Truth y = pointwise_of(z);
 
   Tensor x(dtype, true, s.N, s.C, s.H, s.W, slices);
   x.fill(problem.x);
@@ -101,6 +102,29 @@ void test(int turn, Problem problem, int K, bool relu, bool slices, const cuda::
     compare(which + " mean", Dtype::kFloat32, values_in(mean, like_vector), truth.mean);
     compare(which + " m2", Dtype::kFloat32, values_in(m2, like_vector), truth.m2);
   });
+
+  // Inference: biases, clamps and a residual.
+  const auto clamp = [](double& v) { v = std::min(std::max(v, 0.0), 6.0); };
+  const Truth bias = random.draw(dtype, K), residual = random.draw(dtype, s.N * K * plane);
+  Truth z_clamped = problem.y_bias;
+  for (double& v : z_clamped.values) clamp(v);
+  Truth inferred = pointwise_of(z_clamped);
+  for (size_t i = 0; i < inferred.values.size(); ++i) {
+    const int64_t k = static_cast<int64_t>(i) / plane % K;
+    inferred.values[i] += bias.values[k] + residual.values[i], clamp(inferred.values[i]);
+    inferred.magnitude[i] += bias.magnitude[k] + residual.magnitude[i];
+  }
+  Tensor residual_tensor(dtype, true, s.N, K, s.P(), s.Q(), slices);
+  residual_tensor.fill(residual.values);
+  const Memory w_bias_bytes(vector_of(dtype, problem.bias).bytes), bias_bytes(vector_of(dtype, bias.values).bytes),
+      residual_bytes(residual_tensor.bytes);
+  cuda::SeparableArgs inference = args;
+  inference.mean = inference.m2 = nullptr;
+  inference.w_dw_bias = w_bias_bytes.get(), inference.bias = bias_bytes.get();
+  inference.residual = residual_tensor.ref(residual_bytes.get());
+  inference.activation = inference.out_activation = cuda::Activation::kRelu6;
+  each_run(turn, inference, device, what + " inference", {&made},
+           [&](const std::string& which) { compare(which + " y", dtype, values_in(made, like), inferred); });
 
   const int64_t count = s.N * plane;
   const Truth dy = random.draw(dtype, K * count, 1.0 / 64), y_made = random.draw(dtype, K * count),

@@ -68,16 +68,7 @@ class CpuBackend(CompiledBackend):
         return self.why_not_block(b, backward=False)
 
     def block_inference(
-        self,
-        b: BlockProblem,
-        x: Tensor,
-        w_dw: Tensor,
-        w_pw: Tensor,
-        w_dw_bias,
-        bias,
-        residual,
-        activation,
-        out_activation,
+        self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, w_dw_bias, bias, residual, out_activation
     ) -> Tensor:
         y, on_load = self._empty_y(b, x), (None, None, None, True) if b.on_load else None
         read = dict(x=x, w=w_dw, w_pw=w_pw, w_bias=w_dw_bias, bias=bias, residual=residual)

@@ -19,7 +19,7 @@ from .._compat import itemsize
 from .compiled import CHECKOUT, DTYPES, FPROP, PASSES, CompiledBackend, load, prepared, readable
 from .problem import BlockProblem, Problem
 
-_ACTIVATIONS = {None: 0, "relu": 1}
+_ACTIVATIONS = {None: 0, "relu": 1, "relu6": 2}
 
 
 class CudaBackend(CompiledBackend):
@@ -129,17 +129,32 @@ class CudaBackend(CompiledBackend):
         return _why_not_block(self, b, backward)
 
     def block(self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load, statistics: bool):
+        mean, m2 = (torch.empty(b.K if statistics else 0, dtype=torch.float32, device=x.device) for _ in range(2))
+        y = self._block(b, x, w_dw, w_pw, on_load, (mean, m2) if statistics else (None, None))
+        return y, mean, m2
+
+    def why_not_block_inference(self, b: BlockProblem) -> str | None:
+        return self.why_not_block(b, backward=False)
+
+    def block_inference(
+        self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, w_dw_bias, bias, residual, out_activation
+    ) -> Tensor:
+        on_load = (None, None, None, True) if b.on_load else None
+        return self._block(b, x, w_dw, w_pw, on_load, (None, None), (w_dw_bias, bias, residual), out_activation)
+
+    def _block(self, b, x, w_dw, w_pw, on_load, statistics, added=(None, None, None), out_activation=None) -> Tensor:
+        """y, with mean and m2 put into ``statistics`` if any."""
         p = b.depthwise
         N, _, P, Q = p.y
         x, w_dw, w_pw = readable(x, p), w_dw.contiguous(), w_pw.contiguous()
+        w_dw_bias, bias = (None if t is None else t.contiguous() for t in added[:2])
+        residual = None if added[2] is None else readable(added[2], p)
         y = self._empty((N, b.K, P, Q), p, x)
-        mean, m2 = (torch.empty(b.K if statistics else 0, dtype=torch.float32, device=x.device) for _ in range(2))
         center, scale, shift, relu = on_load or (None, None, None, None)
-        tensors = _block_arguments(
-            x, w_dw, w_pw, center, scale, shift, y, *((mean, m2) if statistics else (None, None))
-        )
-        self._start(_block_call(self, b, False, relu), y, tensors)
-        return y, mean, m2
+        tensors = _block_arguments(x, w_dw, w_pw, center, scale, shift, y, *statistics, w_dw_bias, bias)
+        tensors += (0, (0,) * 4) if residual is None else _block_arguments(residual)
+        self._start(_block_call(self, b, False, relu, out_activation), y, tensors)
+        return y
 
     def block_backward(self, b: BlockProblem, dy, dmean, dm2, y, mean, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load):
         p = b.depthwise
@@ -225,17 +240,20 @@ def _call(backend: CudaBackend, pass_: int, p: Problem, relu: bool | None = None
 
 
 @lru_cache(maxsize=8192)
-def _block_call(backend: CudaBackend, b: BlockProblem, backward: bool, relu: bool | None):
+def _block_call(
+    backend: CudaBackend, b: BlockProblem, backward: bool, relu: bool | None, out_activation: str | None = None
+):
     module, p = backend.module, b.depthwise
-    _, shape, dtype, nhwc, on_load, relu = prepared(module, FPROP, p, relu)
-    options = dtype, nhwc, _ACTIVATIONS[b.activation], on_load, relu
+    _, shape, dtype, nhwc, _, relu = prepared(module, FPROP, p, relu)
+    options = dtype, nhwc, _ACTIVATIONS[b.activation], _ACTIVATIONS[out_activation], relu
     return module.CudaSeparableCall(backward, shape, b.K, *options, _card(p), backend.family)
 
 
 @lru_cache(maxsize=8192)
 def _why_not_block(backend: CudaBackend, b: BlockProblem, backward: bool) -> str | None:
     strides = torch.empty(b.depthwise.x, device="meta", memory_format=b.depthwise.memory_format).stride()
-    reasons = _block_call(backend, b, backward, None).why_not((0, strides, *(0,) * (15 if backward else 8)))
+    zeros = (0,) * 15 if backward else (*(0,) * 11, strides)
+    reasons = _block_call(backend, b, backward, None).why_not((0, strides, *zeros))
     if backend.family:  # which runs though another be preferred, or it be switched off
         others = "comes after", "is switched off"
         reasons = [(name, "" if why.startswith(others) else why) for name, why in reasons if name == backend.family]

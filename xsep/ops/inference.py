@@ -7,7 +7,7 @@ BatchNorm is no part of it: in inference it is a factor of the weights and a bia
 those of ``block.py``; biases and residual are of the dtype of x.
 
 A backend that makes y in one go has two methods, ``why_not_block_inference(b)`` and
-``block_inference(b, x, w_dw, w_pw, w_dw_bias, bias, residual, activation, out_activation)``, where b is a
+``block_inference(b, x, w_dw, w_pw, w_dw_bias, bias, residual, out_activation)``, where b is a
 ``BlockProblem``, its ``on_load`` the ReLU.  For the others y is composed of their depthwise fprop and torch's pointwise
 convolution.
 """
@@ -46,7 +46,7 @@ def _block_inference(x, w_dw, w_pw, w_dw_bias, bias, residual, relu, activation,
     chosen: Any = backends.choose(p)
     b = BlockProblem(p, w_pw.shape[0], relu, activation)
     if backends.why_not_block_inference(b, chosen) is None:
-        return chosen.block_inference(b, x, w_dw, w_pw, w_dw_bias, bias, residual, activation, out_activation)
+        return chosen.block_inference(b, x, w_dw, w_pw, w_dw_bias, bias, residual, out_activation)
     z = chosen.fprop(p, x, w_dw, w_dw_bias, block._on_load(x, None, None, None, relu))
     z = _activated(z, activation, inplace=True)
     y = pointwise_conv2d(z, block._pointwise(w_pw), bias).contiguous(memory_format=p.memory_format)

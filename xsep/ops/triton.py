@@ -146,16 +146,7 @@ class TritonBackend:
         return self._why_no_blocks(b) or configs.why_not_fused(b, inference=True)
 
     def block_inference(
-        self,
-        b: BlockProblem,
-        x: Tensor,
-        w_dw: Tensor,
-        w_pw: Tensor,
-        w_dw_bias,
-        bias,
-        residual,
-        activation,
-        out_activation,
+        self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, w_dw_bias, bias, residual, out_activation
     ) -> Tensor:
         config = configs.INTERPRETED_BLOCK if self.device == "cpu" else configs.block_config(b)
         tensors = readable(x, b.depthwise), w_dw, w_pw, w_dw_bias, bias, residual
