@@ -25,10 +25,11 @@ BARRIERS = {
     "depthwise_fprop_nhwc_tma.cuh": ("whole_blocks",),
     "depthwise_generic_conv.cuh": ("multiplier", "filter_beyond_shared_memory"),
     "depthwise_generic_wgrad_staged.cuh": ("signal",),
+    "moments.cuh": ("plain_3x3",),
     "reduce.cuh": ("many_small_images",),
+    "separable_backward_nhwc.cuh": ("many_small_images", "stride2_even", "whole_blocks"),
+    "separable_fprop_nhwc.cuh": ("whole_blocks",),
 }
-# Tests in Python run these: test_block_cuda.py, test_block_cuda_backward.py.
-OF_BLOCKS = ("moments.cuh", "separable_backward_nhwc.cuh", "separable_fprop_nhwc.cuh")
 
 
 class Bug(NamedTuple):
@@ -43,6 +44,10 @@ class Bug(NamedTuple):
     def __str__(self):
         return f"{self.file}: {self.planted or f'without barrier {self.occurrence + 1}'}"
 
+    @property
+    def of_blocks(self):
+        return self.file.startswith(("moments", "separable", "through"))
+
     def code(self, number):
         if self.text == BARRIER:
             return f"if (xsep::planted_bug != {number}) {BARRIER}"
@@ -52,8 +57,6 @@ class Bug(NamedTuple):
 def missing_barriers():
     """Each one of each kernel."""
     for file in sorted(KERNELS.glob("*.cuh")):
-        if file.name in OF_BLOCKS:
-            continue
         for occurrence in range(file.read_text().count(BARRIER)):
             yield Bug(file.name, BARRIER, "", BARRIERS[file.name], occurrence)
 
@@ -116,6 +119,28 @@ OFF_BY_ONE = [
     Bug("correlate.cuh", "i + kCount <= existing.hi", "i + kCount <= existing.hi + 1", ("multiplier",)),
     Bug("depthwise_generic_wgrad_staged.cuh", "at.n < p.N && col < cols", "at.n < p.N && col < cols - 1", ("signal",)),
     Bug("reduce.cuh", "part < r.parts", "part < r.parts - 1", ("plain_3x3",)),
+    Bug(
+        "separable_fprop_nhwc.cuh",
+        "ahead[r].load_if(rows[r] && below(col, p.W), from + r * next_row)",
+        "ahead[r].load_if(rows[r] && below(col, p.W - 1), from + r * next_row)",
+        ("whole_blocks",),
+    ),
+    Bug("separable_fprop_nhwc.cuh", "below(h[i] + down, p.H)", "below(h[i] + down, p.H - 1)", ("stride2_even",)),
+    Bug(
+        "separable_fprop_nhwc.cuh",
+        "at < p.K ? widen(load(p.bias + at)) : 0.f",
+        "at < p.K - 1 ? widen(load(p.bias + at)) : 0.f",
+        ("whole_blocks",),
+    ),
+    Bug("separable_backward_nhwc.cuh", "smaller(q_to - q, kRun)", "smaller(q_to - q - 1, kRun)", ("whole_blocks",)),
+    Bug("separable_backward_nhwc.cuh", "widen(of_z.at[v]) <= 0", "widen(of_z.at[v]) < -1", ("whole_blocks",)),
+    Bug(
+        "separable_backward_nhwc.cuh",
+        "below(in_box, at.box_rows())",
+        "below(in_box, at.box_rows() - 1)",
+        ("stride2_even",),
+    ),
+    Bug("through_statistics.cuh", "smaller(first + kThroughPixels, p.pixels)", "first", ("whole_blocks",)),
 ]
 SWAPPED_STRIDES = [
     Bug(
@@ -144,6 +169,8 @@ SWAPPED_STRIDES = [
         ("multiplier",),
     ),
     Bug("reduce.cuh", "channel * r.taps + which", "which * r.channels + channel", ("plain_3x3",)),
+    Bug("separable_fprop_nhwc.cuh", "from.p * p.residual_row", "from.p * p.residual_col", ("whole_blocks",)),
+    Bug("separable_backward_nhwc.cuh", "h * p.z.row", "h * p.z.col", ("whole_blocks",)),
 ]
 BUGS = [*missing_barriers(), *OFF_BY_ONE, *SWAPPED_STRIDES]
 
@@ -161,7 +188,7 @@ def plant(text, bugs):
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def programs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     for name in ("csrc", "cmake", "tests/cpp"):
         shutil.copytree(ROOT / name, folder / name)
@@ -175,20 +202,23 @@ def program(tmp_path_factory):
             f'namespace xsep {{ inline const int planted_bug = std::atoi(std::getenv("{SWITCH}")); }}\n'
         )
     build(folder, folder / "build", target="test_cuda_emulated")
-    return folder / "build" / "test_cuda_emulated"
+    build(folder, folder / "build", target="test_separable_cuda_emulated")
+    return folder / "build"
 
 
-def run(program, number, shapes):
+def run(folder, of_blocks, number, shapes):
+    program = folder / ("test_separable_cuda_emulated" if of_blocks else "test_cuda_emulated")
     return subprocess.run([program, *shapes], env={**os.environ, SWITCH: str(number)}, capture_output=True, text=True)
 
 
-def test_without_a_bug(program):
-    shapes = sorted({shape for bug in BUGS for shape in bug.shapes})
-    done = run(program, -1, shapes)
+@pytest.mark.parametrize("of_blocks", [False, True], ids=["maps", "blocks"])
+def test_without_a_bug(of_blocks, programs):
+    shapes = sorted({shape for bug in BUGS if bug.of_blocks == of_blocks for shape in bug.shapes})
+    done = run(programs, of_blocks, -1, shapes)
     assert done.returncode == 0 and " 0 failed" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize("number", range(len(BUGS)), ids=[str(bug) for bug in BUGS])
-def test_a_bug_is_found(number, program):
-    done = run(program, number, BUGS[number].shapes)
+def test_a_bug_is_found(number, programs):
+    done = run(programs, BUGS[number].of_blocks, number, BUGS[number].shapes)
     assert done.returncode != 0 and "FAILED" in done.stdout, done.stdout  # or it crashes after the first failures

@@ -374,9 +374,8 @@ __global__ void __launch_bounds__(Tile::kThreads,
   const int warp_row = warp / Tile::kWarpsN * Tile::kWarpM, warp_column = warp % Tile::kWarpsN * Tile::kWarpN;
 
   for (int number = part; number < p.regions; number += p.parts) {
-    __syncthreads();  // nobody reads any more what the region before left
     if (threadIdx.x == 0) at = region(p, number);
-    __syncthreads();  // it is known where this one is
+    __syncthreads();  // it is known where this one is, and nobody reads any more what the one before left
     const int box_rows = at.box_rows(), box_cols = at.box_cols(), box = at.box();
     for (int i = threadIdx.x; i < kM; i += Tile::kThreads) {
       const int line = i / larger(box_cols, 1), n = line / larger(box_rows, 1);

@@ -60,6 +60,13 @@ inline const Named kShapes[] = {
     {"no_images", {0, 16, 5, 5, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1}},
 };
 
+// Whether a program's arguments, the beginnings of names, ask for a shape; without arguments all are.
+inline bool wanted(const Named& named, int count, char** names) {
+  bool found = count <= 1;
+  for (int i = 1; i < count; ++i) found |= std::strncmp(named.name, names[i], std::strlen(names[i])) == 0;
+  return found;
+}
+
 constexpr Dtype kDtypes[] = {Dtype::kFloat32, Dtype::kFloat64, Dtype::kFloat16, Dtype::kBFloat16};
 inline const char* name(Dtype dtype) {
   constexpr const char* kNames[] = {"float32", "float64", "float16", "bfloat16"};

@@ -169,9 +169,7 @@ int main(int count, char** names) {
     return 77;
   }
   for (const Named& named : kShapes) {
-    bool wanted = count <= 1;
-    for (int i = 1; i < count; ++i) wanted |= std::strncmp(named.name, names[i], std::strlen(names[i])) == 0;
-    if (!wanted) continue;
+    if (!wanted(named, count, names)) continue;
     for (Dtype dtype : kDtypes)
       for (Load load : {Load::kNothing, Load::kRelu, Load::kAffine, Load::kBoth}) {
         const Problem problem(named.shape, dtype, load);
