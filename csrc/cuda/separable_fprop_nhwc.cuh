@@ -537,8 +537,9 @@ __device__ __forceinline__ void store_y(const FpropParams<typename Tile::T>& p, 
   }
 }
 
-// The memory of Turing's multiprocessors holds one block of any tile, which may then have all registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 750
+// The memory of Turing's multiprocessors holds one block of any tile, which may then have all registers.  Volta's holds
+// one or two; there the compiler spills where two must have room.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700 && __CUDA_ARCH__ < 800
 constexpr int kFpropResident = 1;
 #else
 constexpr int kFpropResident = 4;

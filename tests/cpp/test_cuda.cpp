@@ -9,32 +9,13 @@
 #include <iterator>
 
 #include "cases.h"
-#include "cuda_memory.h"
+#include "cuda_cases.h"
 #include "cuda/depthwise.h"
 
 using namespace xsep;
 using namespace xsep::cases;
 
 namespace {
-
-#if defined(XSEP_EMULATE_CUDA)
-// The choice of a kernel and of its grid depends on the device: a large and a small one.
-std::vector<cuda::Device> devices() { return {{90, 132, 227 * 1024}, {70, 1, 96 * 1024}}; }
-constexpr const char* kOrders[] = {"ascending", "descending", "1"};
-void set_order(const char* order) { cuda::emulator::set_order(order); }
-#else
-std::vector<cuda::Device> devices() {
-  int device, major, minor, multiprocessors, shared_bytes;
-  if (cudaGetDevice(&device) != cudaSuccess) return {};
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return {{10 * major + minor, multiprocessors, shared_bytes}};
-}
-constexpr const char* kOrders[] = {"once", "twice"};  // the same
-void set_order(const char*) {}
-#endif
 
 // A tensor with a copy of its bytes where kernels can reach it.
 struct Buffer {
@@ -163,7 +144,7 @@ class Case {
 
 // Arguments, if any: only shapes whose names begin with one of them.
 int main(int count, char** names) {
-  const std::vector<cuda::Device> devices = ::devices();
+  const std::vector<cuda::Device> devices = cases::devices();
   if (devices.empty()) {
     std::printf("no GPU: skipped\n");
     return 77;

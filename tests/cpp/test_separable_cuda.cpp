@@ -1,12 +1,12 @@
 // Every family of CUDA kernels of the training block, on every call that it takes, against naive loops in double.
-// On the host emulator, in several orders of threads.
+// Built and run as test_cuda.cpp.
 
+#include <iterator>
 #include <map>
 #include <stdexcept>
 
-#include "cuda/emulator.h"
 #include "cuda/separable_kernels.h"
-#include "cuda_memory.h"
+#include "cuda_cases.h"
 #include "separable_cases.h"
 
 using namespace xsep;
@@ -33,11 +33,10 @@ void each_run(int turn, cuda::SeparableArgs args, const cuda::Device& device, co
     const Memory workspace(kernel.workspace_bytes(args, device));
     args.workspace = workspace.get();
     std::vector<std::vector<char>> first;
-    const char* const orders[] = {"ascending", "descending", "1"};
-    for (int i = 0; i < 3; ++i) {
-      if (kSanitized && i != turn % 3) continue;
-      cuda::emulator::set_order(orders[i]);
-      const std::string which = what + ", " + kernel.name + ", " + orders[i];
+    for (size_t i = 0; i < std::size(kOrders); ++i) {
+      if (kSanitized && i != turn % std::size(kOrders)) continue;
+      set_order(kOrders[i]);
+      const std::string which = what + ", " + kernel.name + ", " + kOrders[i];
       for (const Memory* output : outputs) output->spoil();
       try {
         const cudaError_t error = kernel.run(args, device, nullptr);
@@ -174,12 +173,16 @@ void test(int turn, Problem problem, int K, bool relu, bool slices, const cuda::
 }  // namespace
 
 int main(int count, char** names) {
-  const cuda::Device devices[] = {{90, 132, 227 * 1024}, {70, 1, 96 * 1024}};
+  const std::vector<cuda::Device> devices = cases::devices();
+  if (devices.empty()) {
+    std::printf("no GPU: skipped\n");
+    return 77;
+  }
   int turn = 0;
   const auto next = [&](const char* shape_name, const ConvShape& shape, Dtype dtype, int K, bool slices) {
     const Load load = turn / 4 % 3 == 0 ? Load::kNothing : turn / 4 % 3 == 1 ? Load::kBoth : Load::kRelu;
     const bool relu = turn % 5 < 2;
-    test(turn, Problem(shape, dtype, load), K, relu, slices, devices[turn % 2],
+    test(turn, Problem(shape, dtype, load), K, relu, slices, devices[turn % devices.size()],
          std::string(shape_name) + " " + name(dtype) + name(load) + (slices ? " slices" : "") + " K " +
              std::to_string(K) + (relu ? " relu between" : ""));
     ++turn;
@@ -197,7 +200,8 @@ int main(int count, char** names) {
     }
   }
   for (const auto& [family, calls] : ran) std::printf("%s: %d calls\n", family.c_str(), calls);
-  if (count <= 1 && ran.size() != 10) ++failures, std::printf("FAILED: not every family ran\n");
+  const bool every = count <= 1 && devices.front().arch >= 80;  // older cards have no tensor cores for some
+  if (every && ran.size() != 10) ++failures, std::printf("FAILED: not every family ran\n");
   std::printf("%d checks, %d failed\n", checks, failures);
   return failures != 0;
 }

@@ -1,4 +1,4 @@
-// Memory of a GPU, or of the host emulator's.
+// What the tests of CUDA kernels share: the devices, a GPU or the host emulator's, and their memory.
 #pragma once
 
 #include <cstdio>
@@ -7,8 +7,28 @@
 #include <vector>
 
 #include "cuda/device.h"
+#include "cuda/depthwise.h"
 
 namespace xsep::cases {
+
+#if defined(XSEP_EMULATE_CUDA)
+// The choice of a kernel and of its grid depends on the device: a large and a small one.
+inline std::vector<cuda::Device> devices() { return {{90, 132, 227 * 1024}, {70, 1, 96 * 1024}}; }
+constexpr const char* kOrders[] = {"ascending", "descending", "1"};
+inline void set_order(const char* order) { cuda::emulator::set_order(order); }
+#else
+inline std::vector<cuda::Device> devices() {
+  int device, major, minor, multiprocessors, shared_bytes;
+  if (cudaGetDevice(&device) != cudaSuccess) return {};
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return {{10 * major + minor, multiprocessors, shared_bytes}};
+}
+constexpr const char* kOrders[] = {"once", "twice"};  // the same
+inline void set_order(const char*) {}
+#endif
 
 // Bytes that kernels can reach: of the device, or exactly so many of the host.
 class Memory {
