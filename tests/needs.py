@@ -33,8 +33,8 @@ def convolves(dtype, device_type) -> bool:
     return _half_on_cpu or (dtype, device_type) != (torch.float16, "cpu")
 
 
-def conv2d(x, w, *options):
+def conv2d(x, w, bias=None, *options):
     """Of any dtype: where torch does not convolve in it, float32's, rounded once."""
     if convolves(x.dtype, x.device.type):
-        return F.conv2d(x, w, *options)
-    return F.conv2d(x.float(), w.float(), *options).to(x.dtype)
+        return F.conv2d(x, w, bias, *options)
+    return F.conv2d(x.float(), w.float(), None if bias is None else bias.float(), *options).to(x.dtype)

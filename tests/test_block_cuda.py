@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from conv_cases import dense, nbytes
 
 import xsep
+from xsep._compat import itemsize
 from xsep.ops.backends import BACKENDS
 from xsep.ops.problem import BlockProblem, Problem
 from xsep.shapes import Shape
@@ -298,7 +299,7 @@ def test_bytes_of_inference(dtype, family, kind):
     (without, _), (loads, size) = loads_of(None), loads_of(kind)
     assert loads["bytes"] - without["bytes"] == (loads["accesses"][16] - without["accesses"][16]) * 16 == size
     # A slice that begins amid a sector touches one more for each pixel.
-    amid = kind == "slice" and 8 * dtype.itemsize % 32 != 0
+    amid = kind == "slice" and 8 * itemsize(dtype) % 32 != 0
     assert loads["distinct_sectors"] - without["distinct_sectors"] == size // 32 + amid * (2 * 24 * 24)
 
 
