@@ -99,6 +99,7 @@ def test_help():
     for name in ("throughput.py", "layers.py"):
         assert "--results-file" in run(ROOT / "benchmarks" / name, "--help")
     assert "--torchcompile" in run(ROOT / "benchmarks" / "block.py", "--help")
+    assert "--batch-size" in run(ROOT / "benchmarks" / "block_bytes.py", "--help")
     assert "racecheck" in run(ROOT / "scripts" / "sanitize.py", "--help")
 
 
