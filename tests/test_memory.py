@@ -62,6 +62,17 @@ def test_the_limit_holds():
         cpu._C.set_limit(4 << 30)
 
 
+def test_what_waits_makes_room_for_other_sizes():
+    """Used and waiting memory together stay what was once in use."""
+    x, w = large(), torch.randn(32, 1, 3, 3)
+    outputs = [xsep.depthwise_conv2d(x, w, padding=1) for _ in range(6)]
+    del outputs
+    before = cpu._C.waiting_bytes()
+    assert before >= 6 * nbytes(x)
+    larger = xsep.depthwise_conv2d(torch.cat((x, x)), w, padding=1)
+    assert 0 < cpu._C.waiting_bytes() <= before - nbytes(larger)
+
+
 def test_outputs_are_ordinary_tensors():
     x, w = large(), torch.randn(32, 1, 3, 3)
     y = xsep.depthwise_conv2d(x, w, padding=1)

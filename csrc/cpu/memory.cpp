@@ -1,5 +1,6 @@
 #include "memory.h"
 
+#include <algorithm>
 #include <iterator>
 #include <list>
 #include <mutex>
@@ -23,6 +24,18 @@ constexpr int64_t kHugePage = 2 << 20;
 // as much as a convolution of some megabytes.
 constexpr int64_t kHotBytes = 128 << 20;
 
+// A mapping that begins at a huge page.
+char* map(int64_t bytes) {
+  void* const mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) return nullptr;
+  char* const begin = static_cast<char*>(mapped);
+  const int64_t before = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
+  if (before) munmap(begin, before);
+  munmap(begin + before + bytes, kHugePage - before);
+  madvise(begin + before, bytes, MADV_HUGEPAGE);  // a wish: without huge pages it is only slower
+  return begin + before;
+}
+
 struct Block {
   char* memory;
   int64_t bytes;
@@ -33,7 +46,8 @@ struct Pool {
   std::mutex mutex;
   std::unordered_map<void*, int64_t> used;
   std::list<Block> waiting;  // those released last come first, and are the hot ones
-  int64_t waiting_bytes = 0, hot_bytes = 0;
+  int64_t waiting_bytes = 0, hot_bytes = 0, used_bytes = 0;
+  int64_t most_used = 0;  // at any time since all that waited was given back
   int64_t limit = static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE) / 4;
 
   void add(Block block) {
@@ -57,6 +71,18 @@ struct Pool {
     return block;
   }
 
+  // A new mapping.  What waits in sizes that nobody asked for makes room: used and waiting memory together stay what
+  // was once in use, so that a program's peak is that of its tensors.
+  char* map_new(int64_t bytes) {
+    shrink(std::max<int64_t>(0, most_used - used_bytes - bytes));
+    char* memory = map(bytes);
+    if (!memory) {
+      shrink(0);
+      memory = map(bytes);
+    }
+    return memory;
+  }
+
   void shrink(int64_t bytes) {
     while (waiting_bytes > bytes) {
       const Block block = take(std::prev(waiting.end()));
@@ -76,24 +102,13 @@ Pool& pool() {
   return *p;
 }
 
-// A mapping that begins at a huge page.
-char* map(int64_t bytes) {
-  void* const mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapped == MAP_FAILED) return nullptr;
-  char* const begin = static_cast<char*>(mapped);
-  const int64_t before = (kHugePage - reinterpret_cast<uintptr_t>(begin) % kHugePage) % kHugePage;
-  if (before) munmap(begin, before);
-  munmap(begin + before + bytes, kHugePage - before);
-  madvise(begin + before, bytes, MADV_HUGEPAGE);  // a wish: without huge pages it is only slower
-  return begin + before;
-}
-
 }  // namespace
 
 bool recycles() { return true; }
 
 void* allocate(int64_t bytes) {
-  bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  static const int64_t page = sysconf(_SC_PAGESIZE);
+  bytes = (bytes + page - 1) / page * page;
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
   auto best = p.waiting.end();
@@ -106,14 +121,12 @@ void* allocate(int64_t bytes) {
   if (best != p.waiting.end()) {
     block = p.take(best);
   } else {
-    block.memory = map(bytes);
-    if (!block.memory) {
-      p.shrink(0);
-      block.memory = map(bytes);
-    }
+    block.memory = p.map_new(bytes);
     if (!block.memory) return nullptr;
   }
   p.used[block.memory] = block.bytes;
+  p.used_bytes += block.bytes;
+  p.most_used = std::max(p.most_used, p.used_bytes);
   return block.memory;
 }
 
@@ -124,6 +137,7 @@ void release(void* memory) {
   if (found == p.used.end()) return;
   const Block block{static_cast<char*>(memory), found->second, true};
   p.used.erase(found);
+  p.used_bytes -= block.bytes;
   p.add(block);
 }
 
@@ -144,6 +158,7 @@ void release_waiting() {
   Pool& p = pool();
   std::lock_guard<std::mutex> lock(p.mutex);
   p.shrink(0);
+  p.most_used = p.used_bytes;
 }
 
 #else

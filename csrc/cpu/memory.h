@@ -1,7 +1,8 @@
 // Large outputs, recycled.  glibc maps every allocation above 32 MB anew and returns it when it is freed, and the
 // kernel then clears it page by page, which costs several times what a convolution does.  Here memory comes in huge
-// pages, and what is freed waits for the next output of about its size.  All but the last 128 MB of it is the kernel's
-// to take (MADV_FREE), so that little is withheld from a machine that runs out of memory.
+// pages, and what is freed waits for the next output of about its size, or makes room for one of another.  All but the
+// last 128 MB of it is the kernel's to take (MADV_FREE), so that little is withheld from a machine that runs out of
+// memory.
 #pragma once
 
 #include <cstdint>
