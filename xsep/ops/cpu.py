@@ -145,7 +145,7 @@ def empty_cache() -> None:
     """Gives the memory that waits for the next large outputs back to the system.
 
     Outputs of the CPU kernels of 1 MB and more come from memory that is recycled when they are freed, in place of pages
-    that the system would have to clear anew for each.  What waits is marked as the system's to take when it needs memory
+    that the system would have to clear for each.  What waits is marked as the system's to take when it needs memory
     (``MADV_FREE`` on Linux; until then it counts as used by the process) and is at most a quarter of the machine's.
     """
     if _C is not None:
