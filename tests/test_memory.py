@@ -63,7 +63,7 @@ def test_the_limit_holds():
 
 
 def test_what_waits_makes_room_for_other_sizes():
-    """Used and waiting memory together stay what was once in use."""
+    """A larger output is cut from what smaller ones left."""
     x, w = large(), torch.randn(32, 1, 3, 3)
     outputs = [xsep.depthwise_conv2d(x, w, padding=1) for _ in range(6)]
     del outputs

@@ -1,18 +1,18 @@
 // Large outputs, recycled.  glibc maps every allocation above 32 MB anew and returns it when it is freed, and the
-// kernel then clears it page by page, which costs several times what a convolution does.  Here memory comes in huge
-// pages, and what is freed waits for the next output of about its size, or makes room for one of another.  All but the
-// last 128 MB of it is the kernel's to take (MADV_FREE), so that little is withheld from a machine that runs out of
-// memory.
+// kernel then clears it page by page, which costs several times what a convolution does.  Here outputs
+// are cut from one range of addresses, in huge pages, and what is freed waits for the next outputs, whatever their
+// sizes. All but the last 128 MB of it is the kernel's to take (MADV_FREE), so that little is withheld from a machine
+// that runs out of memory.
 #pragma once
 
 #include <cstdint>
 
 namespace xsep::cpu {
 
-// Whether this platform has what it takes; elsewhere allocate() returns null.
+// Whether this platform has what it takes and the process may reserve the addresses; else allocate() returns null.
 bool recycles();
 
-// At least `bytes` bytes, aligned to a huge page, with arbitrary contents; null if the system has none.  Thread-safe.
+// At least `bytes` bytes, aligned to 4096, with arbitrary contents; null if the system has none.  Thread-safe.
 void* allocate(int64_t bytes);
 void release(void* memory);
 

@@ -122,8 +122,8 @@ class Xception(nn.Module):
         features_only: ``forward`` returns the feature maps that ``feature_info`` describes; there is no head.
         fused: separable convolutions apply the BatchNorm and ReLU before them on load, and backward keeps their inputs
             and results only (``xsep.nn.FusedSequential``).  The parameters and what is computed are the same.  None:
-            where kernels make these blocks in one go, forward and backward (``xsep.explain_block``), which today those
-            of the CPU do, and not under ``torch.compile``.
+            where kernels make these blocks in one go, forward and backward (``xsep.explain_block``), and not under
+            ``torch.compile``.
 
     Input (N, in_chans, H, W), 299 x 299 and [-1, 1] for the public weights; output (N, num_classes), or without
     classifier (N, head_hidden_size).
