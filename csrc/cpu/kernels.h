@@ -28,6 +28,7 @@ struct AffineGrad {
   const void* x;
   ptrdiff_t x_row, x_pixel, x_lane;
   A *dscale, *dshift;  // kBlock numbers each.  Null: not wanted.
+  ptrdiff_t step;      // of both from block to block
 };
 
 // A tile is some rows and columns of one image and some blocks of kBlock channels: staged as
@@ -42,8 +43,9 @@ struct Stage {
   int rows, cols, lanes;       // more than kBlock: several blocks of an NHWC tensor
   ptrdiff_t ahead;             // from src to what will be staged next, in elements: it is asked for in advance
   Affine<A> affine;
-  A* tile;               // its first pixel of this block
-  ptrdiff_t tile_pixel;  // its stride
+  A* tile;                           // its first pixel of this block
+  ptrdiff_t tile_pixel, tile_block;  // its strides
+  bool add;                          // to what the tile has
 };
 
 // Where an array of pixels lies, and which of them an output (i, j) meets with its tap (r, s):
@@ -88,37 +90,50 @@ struct Wgrad {
 template <class A>
 struct Store {
   const A* tile;
-  ptrdiff_t tile_pixel;
+  ptrdiff_t tile_pixel, tile_block;
   void* dst;
   ptrdiff_t row, pixel, lane;  // strides of dst in elements; NHWC or `pixel` 1
-  int rows, cols, lanes;
+  int rows, cols, lanes;       // more than kBlock: several blocks of an NHWC tensor
   AffineGrad<A> grad;
   void* planes;  // NCHW, if dst is too large to stay in the caches: memory for the tile as it will lie in dst, or null
 };
 
-// c(m, panel) (+)= sum over k of a(m, k) * b[panel][k], lines of kBlock numbers.  a(m, k) is
-// a[m * a_row + k / kBlock * a_block + k % kBlock * a_step].
+// Memory that will be wanted soon, `rows` of `lines` cache lines: asked for bit by bit while a matrix product runs, which
+// leaves the memory idle.
+struct Ahead {
+  const char* at;
+  ptrdiff_t row;  // from row to row, in bytes
+  int rows, lines;
+  int line;  // of the first row, that is next
+};
+
+// c(m, panel) (+)= sum over k of a(m, k) * b[panel][k], lines of kBlock numbers.  a lies in panels too: a(m, k) is
+// a[k / kBlock][m][k % kBlock], or, transposed, a[m / kBlock][k][m % kBlock].
 template <class A>
 struct Gemm {
   const A* a;
-  ptrdiff_t a_row, a_block, a_step;
+  ptrdiff_t a_panel;
+  bool transposed;
   const A* b;
   ptrdiff_t b_panel;
   A* c;
-  ptrdiff_t c_row, c_panel;
+  ptrdiff_t c_panel;
   int rows, depth, panels;
   bool add;
+  Ahead *ahead, *ahead_end;  // or null; what was asked for is taken off them
+  int ahead_lines;           // how much is asked for
 };
 
-// A panel of products becomes clamp(product + bias + residual), rounded to T.  Its mean is mean + correction, of which
-// A need not have the digits; m2 is the sum of the squared deviations from it.
+// A panel of products becomes clamp(product + bias), rounded to T.  Its statistics join those of the `count` numbers
+// that each lane has had before: m2 is the sum of the squared deviations from the mean.
 template <class A>
 struct Finish {
   A* panel;  // [rows][kBlock]
   int rows;
-  const A *bias, *residual;  // [kBlock], [rows][kBlock]; or null
+  const A* bias;  // [kBlock] or null
   A low, high;
-  A *mean, *correction, *m2;  // [kBlock]; or null
+  double *mean, *m2;  // [kBlock]; or null
+  double count;
 };
 
 // Functions for one element type T.  The convolutions exist twice: on an NHWC tensor, and on staged tiles of A.
@@ -136,7 +151,7 @@ struct Kernels {
   void (*finish)(const Finish<A>&);
   void (*add)(const A* from, A* to, ptrdiff_t count);
   void (*clamp)(A* p, ptrdiff_t count, A low, A high);
-  void (*relu_with_gradient)(A* v, A* dv, int pixels, ptrdiff_t pixel, int lanes);
+  void (*relu_with_gradient)(A* v, A* dv, ptrdiff_t count);
 };
 
 struct Isa {

@@ -1,15 +1,17 @@
 // The training block on the CPU: a tile of pixels whose depthwise result lives in the second-level cache goes through
 // the matrix product at once.
 //
-// Forward, a tile: x is staged (function on load applied) for some blocks of channels, convolved into z, and z is
-// multiplied by the weights, two panels of kBlock output channels at a time; each panel gets its epilogue and its
-// statistics while it is in the first-level cache, and is stored.  Bytes: x once, plus the halo between tiles from a
-// cache; y once; the weights once a tile, from whatever cache holds them.
+// All tiles lie in panels: the pixels of a block of kBlock channels follow each other, a cache line each.  Tensors are
+// read and written for some blocks together, so that memory is walked in order.
 //
-// Backward, a strip of rows: the gradient of y is put together in panels; times the weights it gives dz, which stays
-// with the last rows of the strip above; for some blocks of channels x is staged again and convolved into z, dz goes
-// into the gradients of the filter and of x; then z and the gradient of y give the gradient of the weights.  Bytes: x,
-// dy and y once, dx once; a thread's sums for the gradient of the weights are read and written once a strip.
+// Forward, a tile: x is staged (function on load applied) and convolved into z, and z is multiplied by the weights, for
+// some panels of output channels at a time; these get their epilogue and their statistics, and are stored.  Bytes: x
+// once, plus the halo between tiles from a cache; y once; the weights once a tile, from whatever cache holds them.
+//
+// Backward, a strip of rows: the gradient of y is put together; times the weights it gives dz, which stays with the
+// last rows of the strip above; for some blocks of channels x is staged again and convolved into z, dz goes into the
+// gradients of the filter and of x; then z and the gradient of y give the gradient of the weights.  Bytes: x, dy and y
+// once, dx once; a thread's sums for the gradient of the weights are read and written once a strip.
 //
 // Results depend on the number of threads and on nothing else: items are dealt out in contiguous runs, and what threads
 // have summed is added in their order.
@@ -59,7 +61,6 @@ class Separable {
               shared_ + plan.grad_affine},
         P_(s_.P()),
         Q_(s_.Q()),
-        z_pixel_(plan.channels),
         stage_(args.nhwc ? kernels_.stage_nhwc : kernels_.stage_nchw),
         store_(args.nhwc ? kernels_.store_nhwc : kernels_.store_nchw) {}
 
@@ -80,7 +81,9 @@ class Separable {
                            0,
                            {},
                            shared_ + plan_.w_pw + int64_t{b} * args_.K * block_,
-                           block_});
+                           block_,
+                           block_,
+                           false});
     }
     for (int b = share(plan_.k_blocks, thread, threads); b < share(plan_.k_blocks, thread + 1, threads); ++b) {
       if (args_.backward) {
@@ -98,7 +101,9 @@ class Separable {
                            int64_t{block_} * s_.C,
                            {},
                            shared_ + plan_.w_pw + int64_t{b} * s_.C * block_,
-                           block_});
+                           block_,
+                           block_,
+                           false});
       for (int lane = 0; lane < block_; ++lane) {
         const int k = b * block_ + lane;
         const T* bias = static_cast<const T*>(args_.bias);
@@ -117,8 +122,9 @@ class Separable {
   int64_t forward_group(int group, A* own) const {
     if (args_.statistics) std::memset(statistics(group), 0, int64_t{plan_.k_blocks} * block_ * 2 * sizeof(double));
     int64_t count = 0;
-    for (int64_t i = plan_.items * group / plan_.groups; i < plan_.items * (group + 1) / plan_.groups; ++i) {
-      forward(i, own, statistics(group), count);
+    const int64_t end = plan_.items * (group + 1) / plan_.groups;
+    for (int64_t i = plan_.items * group / plan_.groups; i < end; ++i) {
+      forward(i, i + 1 < end, own, statistics(group), count);
     }
     return count;
   }
@@ -128,30 +134,40 @@ class Separable {
     const int part = static_cast<int>(i % plan_.rows.tiles);
     const int64_t image = i / plan_.rows.tiles;
     A* const dz = own + plan_.dz_tile;
-    const int64_t dz_row = Q_ * z_pixel_;
     int first = 0;  // row that dz begins with
-    for (const Strip& strip : plan_.strips(part)) {
+    const std::vector<Strip> strips = plan_.strips(part);
+    for (const Strip& strip : strips) {
       if (strip.kept > first) {
-        std::memmove(dz, dz + (strip.kept - first) * dz_row, (strip.dz.lo - strip.kept) * dz_row * sizeof(A));
+        for (int b = 0; b < plan_.blocks; ++b) {
+          A* const panel = dz + b * dz_panel();
+          std::memmove(panel, panel + (strip.kept - first) * row(), (strip.dz.lo - strip.kept) * row() * sizeof(A));
+        }
       }
       first = strip.kept;
       const int pixels = strip.dz.size() * Q_;
+      const int64_t panel = strip.dz.size() * row();
       A *const panels = own + plan_.panels, *const z = own + plan_.z_tile;
-      for (int b = 0; b < plan_.k_blocks; ++b) {
-        gradient_of_y(image, strip.dz, b, panels + int64_t{b} * pixels * block_, own + plan_.extra);
-      }
-      kernels_.gemm({panels, block_, int64_t{pixels} * block_, 1, shared_ + plan_.w_pw, int64_t{args_.K} * block_,
-                     dz + (strip.dz.lo - first) * dz_row, z_pixel_, block_, pixels, args_.K, plan_.blocks, false});
+      gradient_of_y(image, strip.dz, panels);
+      const TensorRef dx = dense<T>(args_.dx, args_.nhwc, s_.C, s_.H, s_.W);
+      Ahead depthwise[2] = {memory_of_x(image, strip.dz, whole(Q_)), memory(dx, s_.C, image, strip.dx, whole(s_.W))};
+      kernels_.gemm({panels, panel, false, shared_ + plan_.w_pw, int64_t{args_.K} * block_,
+                     dz + (strip.dz.lo - first) * row(), dz_panel(), pixels, args_.K, plan_.blocks, false, depthwise,
+                     depthwise + 2, ahead_lines(depthwise)});
       for (int b = 0; b < plan_.blocks; b += plan_.depth) {
         depthwise_backward(image, part, strip, b, std::min(plan_.depth, plan_.blocks - b), own);
       }
       // Rows of another part are not counted twice.
       const Span counted = intersection(strip.dz, plan_.rows.y(part));
       if (counted.size() <= 0) continue;
-      const int64_t before = int64_t{counted.lo - strip.dz.lo} * Q_;
-      kernels_.gemm({z + before * z_pixel_, 1, block_ * z_pixel_, z_pixel_, panels + before * block_,
-                     int64_t{pixels} * block_, own + plan_.dw_pw, block_, int64_t{s_.C} * block_, s_.C,
-                     counted.size() * Q_, plan_.k_blocks, true});
+      const int64_t before = (counted.lo - strip.dz.lo) * row();
+      Ahead next[2] = {};
+      if (&strip != &strips.back()) {
+        const Span rows = (&strip + 1)->dz;
+        next[0] = memory(args_.dy, args_.K, image, rows, whole(Q_));
+        next[1] = memory(args_.y_made, args_.K, image, rows, whole(Q_));
+      }
+      kernels_.gemm({z + before, panel, true, panels + before, panel, own + plan_.dw_pw, int64_t{s_.C} * block_, s_.C,
+                     counted.size() * Q_, plan_.k_blocks, true, next, next + 2, ahead_lines(next)});
     }
   }
 
@@ -165,6 +181,7 @@ class Separable {
       A* const total = own + plan_.dw_pw + b * size;
       for (int t = 1; t < threads; ++t) kernels_.add(total + t * plan_.per_thread, total, size);
       kernels_.store_nchw({total,
+                           block_,
                            block_,
                            static_cast<T*>(args_.dw_pw) + int64_t{b} * block_ * s_.C,
                            s_.C,
@@ -201,6 +218,9 @@ class Separable {
 
   static int lanes(int b, int channels) { return std::min(block_, channels - b * block_); }
   static Span intersection(Span a, Span b) { return {std::max(a.lo, b.lo), std::min(a.hi, b.hi)}; }
+  // Elements of a panel: of a row of z, and of all rows of dz that are held.
+  int64_t row() const { return int64_t{Q_} * block_; }
+  int64_t dz_panel() const { return plan_.dz_rows * row(); }
   const T* w_pw() const { return static_cast<const T*>(args_.w_pw); }
 
   // Of a group: the mean of each channel, then its m2.
@@ -208,55 +228,103 @@ class Separable {
     return reinterpret_cast<double*>(shared_ + plan_.statistics) + int64_t{group} * plan_.k_blocks * block_ * 2;
   }
 
-  // Tile i of y.  `count` is the number of pixels that `statistics` are of.
-  void forward(int64_t i, A* own, double* statistics, int64_t& count) const {
-    const int row_tile = static_cast<int>(i % plan_.rows.tiles);
-    const int col_tile = static_cast<int>(i / plan_.rows.tiles % plan_.cols.tiles);
-    const int64_t image = i / plan_.rows.tiles / plan_.cols.tiles;
-    const Span rows = plan_.rows.y(row_tile), cols = plan_.cols.y(col_tile);
+  struct Tile {
+    int64_t image;
+    Span rows, cols;
+  };
+  Tile tile(int64_t i) const {
+    return {i / plan_.rows.tiles / plan_.cols.tiles, plan_.rows.y(static_cast<int>(i % plan_.rows.tiles)),
+            plan_.cols.y(static_cast<int>(i / plan_.rows.tiles % plan_.cols.tiles))};
+  }
+
+  // Tile i of y; whether this thread makes the next one too.  `count` is the number of pixels that `statistics` are of.
+  void forward(int64_t i, bool more, A* own, double* statistics, int64_t& count) const {
+    const auto [image, rows, cols] = tile(i);
     const int pixels = rows.size() * cols.size();
-    A* const z = own + plan_.z_tile;
+    const int64_t panel = int64_t{pixels} * block_;
+    A *const z = own + plan_.z_tile, *const panels = own + plan_.panels;
     for (int b = 0; b < plan_.blocks; b += plan_.depth) {
       const int n = std::min(plan_.depth, plan_.blocks - b);
-      convolve(stage_x(image, rows, cols, b, n, own), rows.size(), cols.size(), b, n, z);
+      Pixels u = stage_x(image, rows, cols, b, n, own);
+      for (int i = b; i < b + n; ++i, next_panel(u)) convolve(u, rows.size(), cols.size(), i, z + i * panel);
     }
     if (args_.between.any()) {
-      kernels_.clamp(z, pixels * z_pixel_, static_cast<A>(args_.between.low), static_cast<A>(args_.between.high));
+      kernels_.clamp(z, plan_.blocks * panel, static_cast<A>(args_.between.low), static_cast<A>(args_.between.high));
     }
-    A* const panels = own + plan_.panels;
+    Ahead ahead[2] = {};
+    if (more) {
+      const Tile next = tile(i + 1);
+      ahead[0] = memory_of_x(next.image, next.rows, next.cols);
+      ahead[1] = memory(dense<T>(args_.y, args_.nhwc, args_.K, P_, Q_), args_.K, next.image, next.rows, next.cols);
+    }
+    const int lines = (ahead_lines(ahead) * kPanels + plan_.k_blocks - 1) / plan_.k_blocks;
     for (int k = 0; k < plan_.k_blocks; k += kPanels) {
       const int n = std::min(kPanels, plan_.k_blocks - k);
-      const int64_t panel = int64_t{pixels} * block_;
-      kernels_.gemm({z, z_pixel_, block_, 1, shared_ + plan_.w_pw + int64_t{k} * s_.C * block_, int64_t{s_.C} * block_,
-                     panels, block_, panel, pixels, s_.C, n, false});
-      for (int b = k; b < k + n; ++b) finish(image, rows, cols, b, panels + (b - k) * panel, own, statistics, count);
+      kernels_.gemm({z, panel, false, shared_ + plan_.w_pw + int64_t{k} * s_.C * block_, int64_t{s_.C} * block_, panels,
+                     panel, pixels, s_.C, n, false, ahead, ahead + 2, lines});
+      finish(image, rows, cols, k, n, panels, statistics, count);
     }
     count += pixels;
   }
 
-  // n blocks from b on of `rows` x `cols` of a tensor.
-  void stage(const TensorRef& t, int channels, int64_t image, Span rows, Span cols, int b, int n,
-             const Affine<A>& affine, A* tile, int64_t tile_pixel) const {
+  // `rows` x `cols` of a tensor, to be asked for in advance.
+  Ahead memory(const TensorRef& t, int channels, int64_t image, Span rows, Span cols) const {
+    if (!t.data || rows.size() <= 0 || cols.size() <= 0) return {};
+    const int64_t count = args_.nhwc ? rows.size() : channels;
+    const int64_t size = args_.nhwc ? cols.size() * t.w : (rows.size() - 1) * t.h + cols.size();
+    // A view of which most memory is something else is left alone.
+    if (count * size > 2 * int64_t{rows.size()} * cols.size() * channels) return {};
+    const int64_t step = args_.nhwc ? t.h : t.c;
+    return {reinterpret_cast<const char*>(at<T>(t, image, 0, rows.lo, cols.lo)), step * int64_t{sizeof(T)},
+            static_cast<int>(count), static_cast<int>((size * sizeof(T) + 63) / 64), 0};
+  }
+  Ahead memory_of_x(int64_t image, Span rows, Span cols) const {
+    return memory(args_.x, s_.C, image, within(plan_.rows.axis.reads_x(rows), s_.H),
+                  within(plan_.cols.axis.reads_x(cols), s_.W));
+  }
+  static int ahead_lines(const Ahead (&ahead)[2]) {
+    return ahead[0].rows * ahead[0].lines + ahead[1].rows * ahead[1].lines;
+  }
+
+  // n blocks from b on of `rows` x `cols` of a tensor, as panels.
+  void stage(const TensorRef& t, int channels, int64_t image, Span rows, Span cols, int b, int n, Affine<A> affine,
+             A* panels, bool add) const {
     const int together = t.c == 1 && args_.nhwc ? n : 1;
-    for (int i = 0; i < n; i += together) {
+    const int64_t panel = int64_t{rows.size()} * cols.size() * block_;
+    for (int i = 0; i < n; i += together, panels += panel) {
       const int first = (b + i) * block_;
-      Affine<A> own = affine;
-      if (affine.any) own.center += i * block_, own.scale += i * block_, own.shift += i * block_;
       stage_({at<T>(t, image, first, rows.lo, cols.lo), t.h, t.w, t.c, rows.size(), cols.size(),
-              std::min(together * block_, channels - first), rows.size() * t.h, own, tile + i * block_, tile_pixel});
+              std::min(together * block_, channels - first), rows.size() * t.h, affine, panels, block_, panel, add});
+      if (affine.any) affine.center += block_, affine.scale += block_, affine.shift += block_;
     }
   }
 
-  // u where `rows` x `cols` of z read it, n blocks from b on.
+  // Back, with gradients of the vectors that belong to b's blocks.
+  void store(const A* panels, const TensorRef& t, int channels, int64_t image, Span rows, Span cols, int b, int n,
+             AffineGrad<A> grad) const {
+    const int together = args_.nhwc ? n : 1;
+    const int64_t panel = int64_t{rows.size()} * cols.size() * block_;
+    for (int i = 0; i < n; i += together, panels += panel) {
+      const int first = (b + i) * block_;
+      T* const dst = const_cast<T*>(at<T>(t, image, first, rows.lo, cols.lo));
+      store_({panels, block_, panel, dst, t.h, t.w, t.c, rows.size(), cols.size(),
+              std::min(together * block_, channels - first), grad, nullptr});
+      if (!grad.affine.any) continue;
+      grad.affine.center += block_, grad.affine.scale += block_, grad.affine.shift += block_;
+      grad.x = static_cast<const T*>(grad.x) + block_ * grad.x_lane;
+      grad.dscale += grad.step, grad.dshift += grad.step;
+    }
+  }
+
+  // u where `rows` x `cols` of z read it, n blocks from b on: the first panel.
   Pixels stage_x(int64_t image, Span rows, Span cols, int b, int n, A* own) const {
     const Span x_rows = plan_.rows.axis.reads_x(rows), x_cols = plan_.cols.axis.reads_x(cols);
     const Span there = within(x_rows, s_.H), across = within(x_cols, s_.W);
-    const int64_t pixel = int64_t{n} * block_;
     A* const tile = own + plan_.x_tile;
-    stage(args_.x, s_.C, image, there, across, b, n, fprop_.affine(b), tile, pixel);
+    stage(args_.x, s_.C, image, there, across, b, n, fprop_.affine(b), tile, false);
     return {tile,
-            across.size() * pixel,
-            pixel,
+            int64_t{across.size()} * block_,
+            block_,
             there.size(),
             across.size(),
             x_rows.lo - there.lo,
@@ -267,33 +335,27 @@ class Separable {
             s_.dilation_w};
   }
 
-  void convolve(const Pixels& u, int rows, int cols, int b, int n, A* z) const {
-    const int64_t next = int64_t{plan_.fprop.taps} * block_;
-    kernels_.conv_staged({u, s_.R, s_.S, fprop_.packed_w + b * next, next, fprop_.packed_bias + b * block_,
-                          z + b * block_, cols * z_pixel_, z_pixel_, rows, cols, n, int64_t{n - 1} * block_, false});
+  static void next_panel(Pixels& u) { u.data = static_cast<const A*>(u.data) + u.rows * u.row; }
+
+  // Block b of z, a panel.
+  void convolve(const Pixels& u, int rows, int cols, int b, A* panel) const {
+    kernels_.conv_staged({u, s_.R, s_.S, fprop_.packed_w + int64_t{b} * plan_.fprop.taps * block_, 0,
+                          fprop_.packed_bias + b * block_, panel, int64_t{cols} * block_, block_, rows, cols, 1, 0,
+                          false});
   }
 
-  void finish(int64_t image, Span rows, Span cols, int b, A* panel, A* own, double* statistics, int64_t count) const {
+  // n panels of products from block k on become y, and their statistics join those of the `count` pixels before.
+  void finish(int64_t image, Span rows, Span cols, int k, int n, A* panels, double* statistics, int64_t count) const {
     const int pixels = rows.size() * cols.size();
-    A *const residual = own + plan_.extra, *const mean = own + plan_.tile_statistics;
-    A *const correction = mean + block_, *const m2 = correction + block_;
-    if (args_.residual.data) stage(args_.residual, args_.K, image, rows, cols, b, 1, {}, residual, block_);
-    kernels_.finish({panel, pixels, args_.bias ? shared_ + plan_.bias + b * block_ : nullptr,
-                     args_.residual.data ? residual : nullptr, static_cast<A>(args_.after.low),
-                     static_cast<A>(args_.after.high), args_.statistics ? mean : nullptr, correction, m2});
-    const TensorRef y = dense<T>(args_.y, args_.nhwc, args_.K, P_, Q_);
-    T* const dst = const_cast<T*>(at<T>(y, image, int64_t{b} * block_, rows.lo, cols.lo));
-    store_({panel, block_, dst, y.h, y.w, y.c, rows.size(), cols.size(), lanes(b, args_.K), {}, nullptr});
-    if (!args_.statistics) return;
-    // Chan's merge of the tile's statistics with those of the `count` pixels before it.
-    double* const means = statistics + b * block_;
-    double* const m2s = means + plan_.k_blocks * block_;
-    const double n = pixels, part = n / (count + n), weight = count * part;
-    for (int lane = 0; lane < block_; ++lane) {
-      const double delta = static_cast<double>(mean[lane]) + correction[lane] - means[lane];
-      means[lane] += delta * part;
-      m2s[lane] += m2[lane] + delta * delta * weight;
+    if (args_.residual.data) stage(args_.residual, args_.K, image, rows, cols, k, n, {}, panels, true);
+    for (int b = k; b < k + n; ++b) {
+      double* const means = args_.statistics ? statistics + b * block_ : nullptr;
+      kernels_.finish({panels + int64_t{b - k} * pixels * block_, pixels,
+                       args_.bias ? shared_ + plan_.bias + b * block_ : nullptr, static_cast<A>(args_.after.low),
+                       static_cast<A>(args_.after.high), means, means ? means + plan_.k_blocks * block_ : nullptr,
+                       static_cast<double>(count)});
     }
+    store(panels, dense<T>(args_.y, args_.nhwc, args_.K, P_, Q_), args_.K, image, rows, cols, k, n, {});
   }
 
   // center, scale and shift that make mean's and m2's part in the gradient of y of y itself.
@@ -312,66 +374,59 @@ class Separable {
     }
   }
 
-  // Block b of dy + dmean / count + 2 (y - mean) dm2, as a panel.
-  void gradient_of_y(int64_t image, Span rows, int b, A* panel, A* extra) const {
+  // dy + dmean / count + 2 (y - mean) dm2
+  void gradient_of_y(int64_t image, Span rows, A* panels) const {
     const bool with_dy = args_.dy.data != nullptr;
-    if (with_dy) stage(args_.dy, args_.K, image, rows, whole(Q_), b, 1, {}, panel, block_);
+    const int n = plan_.k_blocks;
+    if (with_dy) stage(args_.dy, args_.K, image, rows, whole(Q_), 0, n, {}, panels, false);
     if (!args_.statistics) return;
-    const A* vectors = shared_ + plan_.y_affine + b * block_;
-    const int64_t each = int64_t{plan_.k_blocks} * block_;
-    A* const to = with_dy ? extra : panel;
-    stage(args_.y_made, args_.K, image, rows, whole(Q_), b, 1,
-          {true, false, vectors, vectors + each, vectors + 2 * each}, to, block_);
-    if (with_dy) kernels_.add(extra, panel, int64_t{rows.size()} * Q_ * block_);
+    const A* vectors = shared_ + plan_.y_affine;
+    const int64_t each = int64_t{n} * block_;
+    stage(args_.y_made, args_.K, image, rows, whole(Q_), 0, n,
+          {true, false, vectors, vectors + each, vectors + 2 * each}, panels, with_dy);
   }
 
   // n blocks from b on: z of the strip, and from dz the gradients of the filter, of x and of the vectors.
   void depthwise_backward(int64_t image, int part, const Strip& strip, int b, int n, A* own) const {
-    const Pixels u = stage_x(image, strip.dz, whole(Q_), b, n, own);
-    A* const z = own + plan_.z_tile;
-    convolve(u, strip.dz.size(), Q_, b, n, z);
-    const int64_t dz_row = Q_ * z_pixel_, last = int64_t{n - 1} * block_;
-    A* const kept = own + plan_.dz_tile + b * block_;  // from row strip.kept on
-    if (args_.between.any()) {
-      kernels_.relu_with_gradient(z + b * block_, kept + (strip.dz.lo - strip.kept) * dz_row, strip.dz.size() * Q_,
-                                  z_pixel_, n * block_);
-    }
-    A* const sums = own + plan_.sums + b * plan_.grad.sums_per_block;
     const Span counted = intersection(strip.dz, plan_.rows.y(part));
-    if (counted.size() > 0) {
-      Pixels x = u;
-      x.first_row += (counted.lo - strip.dz.lo) * s_.stride_h;
-      kernels_.wgrad_staged({x, s_.R, s_.S, kept + (counted.lo - strip.kept) * dz_row, dz_row, z_pixel_, counted.size(),
-                             Q_, n, last, sums, plan_.grad.sums_per_block, false});
+    const int64_t dx_panel = int64_t{strip.dx.size()} * s_.W * block_;
+    A *const dx_tile = own + plan_.out_tile, *const sums = own + plan_.sums;
+    Pixels u = stage_x(image, strip.dz, whole(Q_), b, n, own);
+    for (int c = b; c < b + n; ++c, next_panel(u)) {
+      A* const z = own + plan_.z_tile + c * strip.dz.size() * row();
+      A* const dz = own + plan_.dz_tile + c * dz_panel();  // from row strip.kept on
+      convolve(u, strip.dz.size(), Q_, c, z);
+      if (args_.between.any()) {
+        kernels_.relu_with_gradient(z, dz + (strip.dz.lo - strip.kept) * row(), strip.dz.size() * row());
+      }
+      if (counted.size() > 0) {
+        Pixels x = u;
+        x.first_row += (counted.lo - strip.dz.lo) * s_.stride_h;
+        kernels_.wgrad_staged({x, s_.R, s_.S, dz + (counted.lo - strip.kept) * row(), row(), block_, counted.size(), Q_,
+                               1, 0, sums + c * plan_.grad.sums_per_block, 0, false});
+      }
+      if (strip.dx.size() == 0) continue;
+      const Pixels all{dz, row(), block_, strip.dz.hi - strip.kept, Q_, 0, 0, 1, 1, 1, 1};
+      for (int i = 0; i < std::min(s_.stride_h, strip.dx.size()); ++i) {
+        for (int j = 0; j < std::min(s_.stride_w, s_.W); ++j) {
+          dgrad_class(all, strip, c, i, j, dx_tile + (c - b) * dx_panel);
+        }
+      }
     }
     if (strip.dx.size() == 0) return;
-    const Pixels dz{kept, dz_row, z_pixel_, strip.dz.hi - strip.kept, Q_, 0, 0, 1, 1, 1, 1};
-    A* const out = own + plan_.out_tile;
-    for (int i = 0; i < std::min(s_.stride_h, strip.dx.size()); ++i) {
-      for (int j = 0; j < std::min(s_.stride_w, s_.W); ++j) dgrad_class(dz, strip, b, n, i, j, out);
+    const Affine<A> affine = fprop_.affine(b);
+    AffineGrad<A> grad{};
+    if (affine.any) {
+      const TensorRef& x = args_.x;
+      A* const of_vectors = sums + b * plan_.grad.sums_per_block + int64_t{plan_.grad.taps} * block_;
+      grad = {affine, at<T>(x, image, int64_t{b} * block_, strip.dx.lo, 0), x.h, x.w, x.c, of_vectors,
+              of_vectors + block_, plan_.grad.sums_per_block};
     }
-    const TensorRef dx = dense<T>(args_.dx, args_.nhwc, s_.C, s_.H, s_.W);
-    for (int c = b; c < b + n; ++c) {
-      const Affine<A> affine = fprop_.affine(c);
-      AffineGrad<A> grad{};
-      if (affine.any) {
-        A* const of_vectors = own + plan_.sums + c * plan_.grad.sums_per_block + int64_t{plan_.grad.taps} * block_;
-        grad = {affine,
-                at<T>(args_.x, image, int64_t{c} * block_, strip.dx.lo, 0),
-                args_.x.h,
-                args_.x.w,
-                args_.x.c,
-                of_vectors,
-                of_vectors + block_};
-      }
-      T* const dst = const_cast<T*>(at<T>(dx, image, int64_t{c} * block_, strip.dx.lo, 0));
-      store_({out + (c - b) * block_, int64_t{n} * block_, dst, dx.h, dx.w, dx.c, strip.dx.size(), s_.W, lanes(c, s_.C),
-              grad, nullptr});
-    }
+    store(dx_tile, dense<T>(args_.dx, args_.nhwc, s_.C, s_.H, s_.W), s_.C, image, strip.dx, whole(s_.W), b, n, grad);
   }
 
   // Positions of one residue modulo the stride are an ordinary convolution with the taps of that residue.
-  void dgrad_class(Pixels dz, const Strip& strip, int b, int n, int i, int j, A* out) const {
+  void dgrad_class(Pixels dz, const Strip& strip, int b, int i, int j, A* out) const {
     const Plan& plan = plan_.grad;
     const int h = strip.dx.lo + i + s_.pad_top, w = j + s_.pad_left;
     const int row_class = h % s_.stride_h, col_class = w % s_.stride_w;
@@ -379,13 +434,13 @@ class Separable {
     dz.first_row = h / s_.stride_h + rows.first - strip.kept, dz.first_col = w / s_.stride_w + cols.first;
     dz.tap_row = rows.step, dz.tap_col = cols.step;
     const int tap_rows = static_cast<int>(rows.taps.size()), tap_cols = static_cast<int>(cols.taps.size());
-    const int64_t next = int64_t{plan.taps} * block_, pixel = int64_t{n} * block_, row = s_.W * pixel;
+    const int64_t out_row = int64_t{s_.W} * block_;
     const A* weights =
-        grad_.packed_w + b * next + int64_t{plan.class_start[row_class * s_.stride_w + col_class]} * block_;
-    kernels_.conv_staged({dz, tap_cols ? tap_rows : 0, tap_cols, weights, next, grad_.packed_bias + b * block_,
-                          out + i * row + j * pixel, s_.stride_h * row, s_.stride_w * pixel,
+        grad_.packed_w + (int64_t{b} * plan.taps + plan.class_start[row_class * s_.stride_w + col_class]) * block_;
+    kernels_.conv_staged({dz, tap_cols ? tap_rows : 0, tap_cols, weights, 0, grad_.packed_bias + b * block_,
+                          out + i * out_row + j * block_, s_.stride_h * out_row, int64_t{s_.stride_w} * block_,
                           (strip.dx.size() - i + s_.stride_h - 1) / s_.stride_h,
-                          (s_.W - j + s_.stride_w - 1) / s_.stride_w, n, int64_t{n - 1} * block_, false});
+                          (s_.W - j + s_.stride_w - 1) / s_.stride_w, 1, 0, false});
   }
 
   const SeparableArgs& args_;
@@ -395,7 +450,6 @@ class Separable {
   A* const shared_;
   const Call<T> fprop_, grad_;
   const int P_, Q_;
-  const int64_t z_pixel_;
   void (*const stage_)(const Stage<A>&);
   void (*const store_)(const Store<A>&);
 };

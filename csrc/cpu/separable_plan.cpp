@@ -6,11 +6,11 @@ namespace {
 // Of the depthwise results of a tile, which the matrix product reads once for every panel of weights: what most
 // second-level caches hold beside the panel.  The weights are read once a tile, from further away, so that a tile has
 // some pixels whatever its channels take; in backward the sums for their gradient are read and written too.
-constexpr int64_t kTileBytes = 224 * 1024;
+constexpr int64_t kTileBytes = 448 * 1024;
 constexpr int kLeastPixels = 48, kLeastPixelsBackward = 96, kMostPixels = 256;
 constexpr int kTileRows = 4;  // where a row does not fit, so that tiles share few rows of x
 
-constexpr int64_t kStagedBytes = 64 * 1024;  // of x, staged for some blocks of channels
+constexpr int64_t kStagedBytes = 128 * 1024;  // of x and dx, for some blocks of channels together
 constexpr int kMaxDepth = 8;
 constexpr int64_t kMacsPerThread = 256 * 1024;
 constexpr int kItemsPerThread = 4;  // fewer are dealt out evenly
@@ -28,9 +28,9 @@ DepthwiseArgs depthwise_args(const SeparableArgs& args, Pass pass) {
   return d;
 }
 
-int most_pixels(int64_t channels, const SeparableArgs& args, int least) {
+int most_pixels(int64_t channels, const SeparableArgs& args, int least, int64_t bytes = kTileBytes) {
   const int64_t size = args.dtype == Dtype::kFloat64 ? 8 : 4;
-  return static_cast<int>(std::clamp<int64_t>(kTileBytes / (channels * size), least, kMostPixels));
+  return static_cast<int>(std::clamp<int64_t>(bytes / (channels * size), least, kMostPixels));
 }
 
 // Few items are as many for each thread.
@@ -58,7 +58,7 @@ void SeparablePlan::cut_forward(const SeparableArgs& args) {
 
 void SeparablePlan::cut_backward(const SeparableArgs& args) {
   const int P = args.shape.P(), Q = args.shape.Q();
-  const int most = most_pixels(std::max<int64_t>(channels, int64_t{k_blocks} * block), args, kLeastPixelsBackward);
+  const int most = most_pixels(std::max<int64_t>(channels, int64_t{k_blocks} * block), args, kLeastPixelsBackward, kTileBytes / 2);
   strip_rows = std::clamp((most + Q / 2) / Q, std::min(P, 2), P);
   cols.tiles = 1;
   rows.tiles = evened(args.shape.N, 1, ceil_div(P, strip_rows), std::max(1, args.threads));
@@ -106,8 +106,8 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
   groups = static_cast<int>(std::min<int64_t>(items, int64_t{kGroupsPerThread} * threads));
 
-  // Pixels of x and of dx that a tile or strip has, and rows of dz that are held.
-  int64_t x_pixels = 0, dx_pixels = 0, dz_rows = 0;
+  // Pixels of x and of dx that a tile or strip has.
+  int64_t x_pixels = 0, dx_pixels = 0;
   const auto x_rows = [&](Span y) { return int64_t{within(rows.axis.reads_x(y), s.H).size()}; };
   for (int i = 0; i < rows.tiles; ++i) {
     if (!args.backward) {
@@ -119,10 +119,11 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
     for (const Strip& strip : strips(i)) {
       x_pixels = std::max(x_pixels, x_rows(strip.dz) * s.W);
       dx_pixels = std::max(dx_pixels, int64_t{strip.dx.size()} * s.W);
-      dz_rows = std::max<int64_t>(dz_rows, strip.dz.hi - strip.kept);
+      dz_rows = std::max(dz_rows, strip.dz.hi - strip.kept);
     }
   }
-  const int64_t staged = std::max<int64_t>(1, (x_pixels + dx_pixels) * block * (args.dtype == Dtype::kFloat64 ? 8 : 4));
+  const int64_t size = args.dtype == Dtype::kFloat64 ? 8 : 4;
+  const int64_t staged = std::max<int64_t>(1, (x_pixels + dx_pixels) * block * size);
   depth = static_cast<int>(std::clamp<int64_t>(kStagedBytes / staged, 1, std::min(kMaxDepth, blocks)));
 
   Regions of_call(block), of_thread(block);
@@ -131,7 +132,6 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
   fprop_affine = of_call.add(fprop.packed_affine);
   x_tile = of_thread.add(x_pixels * depth * block);
   z_tile = of_thread.add(pixels * channels);
-  extra = of_thread.add(int64_t{pixels} * block);
   if (args.backward) {
     grad_w = of_call.add(grad.packed_w);
     grad_bias = of_call.add(grad.packed_bias);
@@ -139,7 +139,7 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
     w_pw = of_call.add(channels * args.K);
     y_affine = of_call.add(3 * int64_t{k_blocks} * block);
     panels = of_thread.add(int64_t{k_blocks} * pixels * block);
-    dz_tile = of_thread.add(dz_rows * s.Q() * channels);
+    dz_tile = of_thread.add(int64_t{dz_rows} * s.Q() * channels);
     out_tile = of_thread.add(dx_pixels * depth * block);
     sums = of_thread.add(grad.sums);
     dw_pw = of_thread.add(int64_t{k_blocks} * block * s.C);
@@ -147,7 +147,6 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
     w_pw = of_call.add(int64_t{k_blocks} * block * s.C);
     bias = of_call.add(int64_t{k_blocks} * block);
     panels = of_thread.add(int64_t{kPanels} * pixels * block);
-    tile_statistics = of_thread.add(3 * block);
     if (args.statistics) statistics = of_call.add(groups * int64_t{k_blocks} * block * 2 * 2);  // in double
   }
   shared = of_call.size();

@@ -30,7 +30,7 @@ class Regions {
   int64_t line_, size_ = 0;
 };
 
-constexpr int kPanels = 2;  // of results, made at a time in forward
+constexpr int kPanels = 8;  // of results, made at a time in forward
 
 struct SeparablePlan {
   explicit SeparablePlan(const SeparableArgs& args);
@@ -42,7 +42,8 @@ struct SeparablePlan {
   int block;             // kBlock
   int blocks, k_blocks;  // that cover C and K
   int64_t channels;      // of a pixel of z: blocks * block
-  int depth;             // blocks that are staged at a time
+
+  int depth;             // blocks that are read and written together
 
   // Forward: tiles of y.  Backward: parts of the rows of an image, each of which a thread goes down in strips.
   Cut rows, cols;
@@ -50,15 +51,16 @@ struct SeparablePlan {
   int64_t items;  // tiles or parts of all images
   int groups;     // of tiles: what a thread that is free takes next, with statistics of its own
   int threads;
-  int pixels;  // of the largest tile or strip
+  int pixels;       // of the largest tile or strip
+  int dz_rows = 0;  // that a strip holds
 
   std::vector<Strip> strips(int part) const;
 
   // Elements of the accumulation type.
   int64_t fprop_w, fprop_bias, fprop_affine, w_pw, shared;
-  int64_t x_tile, z_tile, panels, extra, per_thread;  // a thread's
+  int64_t x_tile, z_tile, panels, per_thread;  // a thread's
   // In forward.
-  int64_t bias = 0, tile_statistics = 0, statistics = 0;
+  int64_t bias = 0, statistics = 0;
   // In backward.
   int64_t grad_w = 0, grad_bias = 0, grad_affine = 0, y_affine = 0;
   int64_t dz_tile = 0, out_tile = 0, sums = 0, dw_pw = 0;

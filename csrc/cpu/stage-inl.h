@@ -7,8 +7,7 @@ constexpr int kAhead = 4;
 template <class T>
 void stage_nhwc(const Stage<acc_t<T>>& s) {
   typedef acc_t<T> A;
-  constexpr int L = kLanes<A>, kLine = 64 / sizeof(T);
-  const int padded = (s.lanes + kBlock<A> - 1) / kBlock<A> * kBlock<A>;
+  constexpr int L = kLanes<A>, B = kBlock<A>, kLine = 64 / sizeof(T);
   A* dst = s.tile;
   const auto put = [&](auto l, A* to, const T* from, int c) __attribute__((always_inline)) {
     constexpr int n = l.value;
@@ -17,28 +16,31 @@ void stage_nhwc(const Stage<acc_t<T>>& s) {
       x = apply<n, A>(s.affine, x, load<n>(s.affine.center + c), load<n>(s.affine.scale + c),
                       load<n>(s.affine.shift + c));
     }
-    store<n>(to, x);
+    store<n>(to, s.add ? load<n>(to) + x : x);
   };
   for (int i = 0; i < s.rows; ++i) {
     const T* src = static_cast<const T*>(s.src) + i * s.row;
     for (int j = 0; j < s.cols; ++j, src += s.pixel, dst += s.tile_pixel) {
-      if (s.lane != 1) {
-        for (int c = 0; c < s.lanes; ++c) put(constant<1>{}, dst + c, src + c * s.lane, c);
-      } else {
-        for_lanes<L>(s.lanes, [&](auto l, int c) {
-          if (c % kLine == 0) __builtin_prefetch(src + kAhead * s.pixel + c, 0, 3);
-          put(l, dst + c, src + c, c);
-        });
+      A* to = dst;
+      for (int b = 0; b < s.lanes; b += B, to += s.tile_block) {
+        const int lanes = s.lanes - b < B ? s.lanes - b : B;
+        if (s.lane != 1) {
+          for (int c = 0; c < lanes; ++c) put(constant<1>{}, to + c, src + (b + c) * s.lane, b + c);
+        } else {
+          if (b % kLine == 0) __builtin_prefetch(src + kAhead * s.pixel + b, 0, 3);
+          for_lanes<L>(lanes, [&](auto l, int c) { put(l, to + c, src + b + c, b + c); });
+        }
+        for (int c = lanes; c < B && !s.add; ++c) to[c] = 0;
       }
-      for (int c = s.lanes; c < padded; ++c) dst[c] = 0;
     }
   }
 }
 
 // A row of du becomes dx, and is summed in registers before it joins the sums of the rows above: short sums are exact.
-// kVectors vectors of channels at a time.
+// kVectors vectors of channels from c on at a time, of which `src` has the first.
 template <int L, int kVectors, class T>
-inline void store_affine_row(const Store<acc_t<T>>& s, const acc_t<T>* src, T* dst, const T* x, int c) {
+inline void store_affine_row(const Store<acc_t<T>>& s, const acc_t<T>* src, T* dst, const T* x, int c,
+                             ptrdiff_t sums) {
   typedef acc_t<T> A;
   const AffineGrad<A>& g = s.grad;
   vec<A, L> center[kVectors], scale[kVectors], shift[kVectors], dscale[kVectors] = {}, dshift[kVectors] = {};
@@ -55,7 +57,7 @@ inline void store_affine_row(const Store<acc_t<T>>& s, const acc_t<T>* src, T* d
       const int at = c + v * L;
       const vec<A, L> value = load<L>(x + j * g.x_pixel + at);
       const vec<A, L> du =
-          masked<L, A>(g.affine, load<L>(src + j * s.tile_pixel + at), value, center[v], scale[v], shift[v]);
+          masked<L, A>(g.affine, load<L>(src + j * s.tile_pixel + v * L), value, center[v], scale[v], shift[v]);
       store<L>(dst + j * s.pixel + at, du * scale[v]);
       dscale[v] += du * (value - center[v]);
       dshift[v] += du;
@@ -63,7 +65,7 @@ inline void store_affine_row(const Store<acc_t<T>>& s, const acc_t<T>* src, T* d
   }
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
-    const int at = c + v * L;
+    const ptrdiff_t at = sums + v * L;
     if (g.dscale) store<L>(g.dscale + at, load<L>(g.dscale + at) + dscale[v]);
     if (g.dshift) store<L>(g.dshift + at, load<L>(g.dshift + at) + dshift[v]);
   }
@@ -78,20 +80,28 @@ void store_nhwc(const Store<acc_t<T>>& s) {
     T* dst = static_cast<T*>(s.dst) + i * s.row;
     if (s.grad.affine.any) {
       const T* x = static_cast<const T*>(s.grad.x) + i * s.grad.x_row;
-      if (s.lanes == B)
-        store_affine_row<L, B / L, T>(s, src, dst, x, 0);
-      else
-        for_lanes<L>(s.lanes, [&](auto l, int c) { store_affine_row<l.value, 1, T>(s, src, dst, x, c); });
+      for (int b = 0; b < s.lanes; b += B, src += s.tile_block) {
+        const int lanes = s.lanes - b < B ? s.lanes - b : B;
+        const ptrdiff_t sums = b / B * s.grad.step;
+        if (lanes == B)
+          store_affine_row<L, B / L, T>(s, src, dst, x, b, sums);
+        else
+          for_lanes<L>(lanes, [&](auto l, int c) {
+            store_affine_row<l.value, 1, T>(s, src + c, dst, x, b + c, sums + c);
+          });
+      }
       continue;
     }
     for (int j = 0; j < s.cols; ++j, src += s.tile_pixel, dst += s.pixel) {
-      if (s.lane != 1) {
-        for (int c = 0; c < s.lanes; ++c) store<1>(dst + c * s.lane, load<1>(src + c));
-      } else {
-        for_lanes<L>(s.lanes, [&](auto l, int c) {
-          if (c % kLine == 0) __builtin_prefetch(dst + 2 * kAhead * s.pixel + c, 1, 3);
-          store<l.value>(dst + c, load<l.value>(src + c));
-        });
+      const A* from = src;
+      for (int b = 0; b < s.lanes; b += B, from += s.tile_block) {
+        const int lanes = s.lanes - b < B ? s.lanes - b : B;
+        if (s.lane != 1) {
+          for (int c = 0; c < lanes; ++c) store<1>(dst + (b + c) * s.lane, load<1>(from + c));
+        } else {
+          if (b % kLine == 0) __builtin_prefetch(dst + 2 * kAhead * s.pixel + b, 1, 3);
+          for_lanes<L>(lanes, [&](auto l, int c) { store<l.value>(dst + b + c, load<l.value>(from + c)); });
+        }
       }
     }
   }
@@ -157,7 +167,7 @@ void stage_nchw(const Stage<acc_t<T>>& s) {
   for (int c = 0; c < B; c += L) {
     const T* src = static_cast<const T*>(s.src) + c * s.lane;
     const int lanes = s.lanes - c < L ? s.lanes - c : L;
-    for_pixels<L>(s.rows, s.cols, s.row, s.row == s.cols, true, [&](auto count, ptrdiff_t at, int pixel) {
+    for_pixels<L>(s.rows, s.cols, s.row, s.row == s.cols, !s.add, [&](auto count, ptrdiff_t at, int pixel) {
       constexpr int n = count.value;
       A* dst = s.tile + pixel * s.tile_pixel + c;
       const auto get = [&](int i) {
@@ -167,7 +177,7 @@ void stage_nchw(const Stage<acc_t<T>>& s) {
                            broadcast<n>(s.affine.shift[c + i]));
       };
       if constexpr (n == 1) {
-        for (int i = 0; i < L; ++i) dst[i] = i < lanes ? get(i)[0] : A{0};
+        for (int i = 0; i < L; ++i) dst[i] = (s.add ? dst[i] : A{0}) + (i < lanes ? get(i)[0] : A{0});
       } else {
         vec<A, L> v[L];
 #pragma GCC unroll 16
@@ -181,7 +191,10 @@ void stage_nchw(const Stage<acc_t<T>>& s) {
         }
         transpose<L, A>(v);
 #pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) store<L>(dst + i * s.tile_pixel, v[i]);
+        for (int i = 0; i < L; ++i) {
+          A* to = dst + i * s.tile_pixel;
+          store<L>(to, s.add ? load<L>(to) + v[i] : v[i]);
+        }
       }
     });
   }
