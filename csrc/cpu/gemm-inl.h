@@ -3,37 +3,26 @@
 //
 // Cost model: a step of the inner loop makes kRows x kPanels * kBlock multiply-adds of kRows numbers of a, broadcast,
 // and one line of each panel of b.  With AVX2 that is 6 x 16: 12 multiply-adds, six cycles, beside 8 loads; with
-// AVX-512 14 x 32: 28 multiply-adds, 14 cycles, beside 16 loads.  kDepth steps of a panel stay in the first-level cache
-// while all rows of a go past them; a comes out of the second level, four bytes for kBlock multiply-adds.
+// AVX-512 14 x 32: 28 multiply-adds, 14 cycles, beside 16 loads, or, of a transposed a, 8 x 48: 24 multiply-adds, 12
+// cycles, beside 11 loads.  kDepth steps of a panel stay in the first-level cache while all rows of a go past them; a
+// comes out of the second level, four bytes for kBlock multiply-adds, and lines that follow each other.
 
 template <class A>
 constexpr int kVectors = kBlock<A> / kLanes<A>;  // of a panel's line
 
+// Rows of a transposed a are neighbours in blocks of kBlock, which tiles do not cross: halves of them, if registers
+// allow.
 template <class A, bool kTransposed>
 struct GemmTile {
   static constexpr int kPanels = kVectorBytes < 64 ? 1 : kTransposed ? 3 : 2, kSums = kPanels * kVectors<A>;
-  static constexpr int kMost = (kRegisters - kSums - 1) / kSums;
-  static constexpr int kRows = kTransposed && kMost >= kBlock<A> / 2 ? kBlock<A> / 2 : kMost;
+  static constexpr int kMost = (kRegisters - kSums - 1) / kSums, kHalf = kBlock<A> / 2;
+  static constexpr int kRows = kTransposed && kMost > kHalf ? kHalf : kMost;
   static constexpr int kDepth = 128;
 };
 
-inline void ask(Ahead*& ahead, const Ahead* end, int lines) {
-  for (; lines > 0 && ahead != end; --lines) {
-    if (ahead->rows == 0) {
-      ++ahead;
-      continue;
-    }
-    __builtin_prefetch(ahead->at + ahead->line * 64, 0, 2);
-    if (++ahead->line < ahead->lines) continue;
-    ahead->line = 0;
-    ahead->at += ahead->row;
-    --ahead->rows;
-  }
-}
-
 // c[m][panel][n] (+)= sum over k in [0, depth) of a(m, k) * b[panel][k][n] for kRows rows.
 template <class A, bool kTransposed, int kRows, int kPanels>
-inline void gemm_tile(Gemm<A>& g, const A* a, const A* b, A* c, int depth, bool add) {
+inline void gemm_tile(const Gemm<A>& g, const A* a, const A* b, A* c, int depth, bool add) {
   constexpr int L = kLanes<A>, V = kVectors<A>, B = kBlock<A>;
   constexpr int kMiddle = kTransposed ? 0 : kRows / 2 * B;  // short offsets reach both ways
   vec<A, L> acc[kRows][kPanels * V] = {};
@@ -46,7 +35,6 @@ inline void gemm_tile(Gemm<A>& g, const A* a, const A* b, A* c, int depth, bool 
   for (int k = 0; k < depth; k += B, a += kTransposed ? B * B : g.a_panel) {
     const A* at = a + kMiddle;
     const int steps = depth - k < B ? depth - k : B;
-    ask(g.ahead, g.ahead_end, g.ahead_lines);
     for (int i = 0; i < steps; ++i) {
       vec<A, L> line[kPanels * V];
 #pragma GCC unroll 4
@@ -73,9 +61,8 @@ inline void gemm_tile(Gemm<A>& g, const A* a, const A* b, A* c, int depth, bool 
   }
 }
 
-// Rows in tiles of about the same height.
 template <class A, bool kTransposed, int kPanels, int kRows = GemmTile<A, kTransposed>::kRows>
-inline void gemm_rows(Gemm<A>& g, const A* a, const A* b, A* c, int depth, bool add, int rows) {
+inline void gemm_rows(const Gemm<A>& g, const A* a, const A* b, A* c, int depth, bool add, int rows) {
   if constexpr (kRows > 0) {
     if (rows < kRows) return gemm_rows<A, kTransposed, kPanels, kRows - 1>(g, a, b, c, depth, add, rows);
     gemm_tile<A, kTransposed, kRows, kPanels>(g, a, b, c, depth, add);
@@ -83,56 +70,40 @@ inline void gemm_rows(Gemm<A>& g, const A* a, const A* b, A* c, int depth, bool 
 }
 
 template <class A, bool kTransposed, int kPanels>
-inline void gemm_panels(Gemm<A>& g, int panel) {
+inline void gemm_panels(const Gemm<A>& g, int panel) {
   constexpr int B = kBlock<A>;
   constexpr int kRows = GemmTile<A, kTransposed>::kRows, kDepth = GemmTile<A, kTransposed>::kDepth;
-  const int tiles = (g.rows + kRows - 1) / kRows;
+  // Groups of rows, each of which is cut into tiles of about the same height.
+  const int groups = kTransposed ? (g.rows + B - 1) / B : 1, group = kTransposed ? B : g.rows;
+  const auto tiles_of = [](int rows) { return (rows + kRows - 1) / kRows; };
   const auto at_most = [](int depth) { return depth < kDepth ? depth : kDepth; };
   for (int k = 0; k < g.depth; k += kDepth) {
     const int depth = at_most(g.depth - k);
-    // What of b comes next: the rest of these panels, or other panels, or nothing.
+    // What of b comes next: the rest of this panel, or the next one, or nothing.  It is asked for in advance, some
+    // lines before each tile.  Where tiles read several panels, or many lines of c, hardware does better if left alone.
+    constexpr bool kAsk = kPanels == 1 && kVectorBytes < 64 && !kTransposed;
     const A* next = g.b + panel * g.b_panel + (k + depth) * B;
     int lines = at_most(g.depth - k - depth);
-    if (lines == 0 && panel + 2 * kPanels <= g.panels) {
-      next = g.b + (panel + kPanels) * g.b_panel;
-      lines = at_most(g.depth);
-    }
+    if (lines == 0 && panel + 1 < g.panels) next = g.b + (panel + 1) * g.b_panel, lines = at_most(g.depth);
+    const int some = lines / tiles_of(group) + 1;
     const A* b = g.b + panel * g.b_panel + k * B;
     A* c = g.c + panel * g.c_panel;
-    const bool add = g.add || k > 0;
-    const auto fetch = [&](int i, int n) {
-      for (int l = lines * i / n; l < lines * (i + 1) / n; ++l) {
-        for (int p = 0; p < kPanels; ++p) __builtin_prefetch(next + p * g.b_panel + l * B, 0, 2);
-      }
-    };
-    if (kTransposed) {
-      const int blocks = (g.rows + B - 1) / B;
-      for (int i = 0; i < blocks; ++i) {
-        fetch(i, blocks);
-        const int rows = g.rows - i * B < B ? g.rows - i * B : B, tiles = (rows + kRows - 1) / kRows;
-        for (int t = 0; t < tiles; ++t) {
-          const int m = rows * t / tiles, end = rows * (t + 1) / tiles;
-          gemm_rows<A, kTransposed, kPanels>(g, g.a + i * g.a_panel + k * B + m, b, c + (i * B + m) * B, depth, add, end - m);
-        }
-      }
-    } else {
-      for (int i = 0; i < tiles; ++i) {
-        fetch(i, tiles);
-        const int m = static_cast<int>(static_cast<long long>(g.rows) * i / tiles);
-        const int end = static_cast<int>(static_cast<long long>(g.rows) * (i + 1) / tiles);
-        gemm_rows<A, kTransposed, kPanels>(g, g.a + m * B + k / B * g.a_panel, b, c + m * B, depth, add, end - m);
+    for (int i = 0; i < groups; ++i) {
+      const int rows = g.rows - i * group < group ? g.rows - i * group : group, tiles = tiles_of(rows);
+      const A* a = g.a + (kTransposed ? i * g.a_panel + k * B : k / B * g.a_panel);
+      for (int t = 0; t < tiles; ++t) {
+        for (int l = 0; kAsk && l < some && lines > 0; ++l, --lines, next += B) __builtin_prefetch(next, 0, 2);
+        const int height = rows / tiles + (t < rows % tiles);
+        gemm_rows<A, kTransposed, kPanels>(g, a, b, c, depth, g.add || k > 0, height);
+        a += kTransposed ? height : height * B;
+        c += height * B;
       }
     }
   }
 }
 
 template <class A, bool kTransposed>
-inline void gemm_as(Gemm<A>& g) {
-  typedef GemmTile<A, kTransposed> Tile;
-  // Lines asked for beside each kBlock steps of a tile's depth.
-  const auto pieces = [](int count, int each) { return static_cast<long long>((count + each - 1) / each); };
-  const long long steps = pieces(g.rows, Tile::kRows) * pieces(g.depth, kBlock<A>) * pieces(g.panels, Tile::kPanels);
-  g.ahead_lines = static_cast<int>((g.ahead_lines + steps - 1) / steps);
+inline void gemm_as(const Gemm<A>& g) {
   constexpr int kPanels = GemmTile<A, kTransposed>::kPanels;
   int panel = 0;
   for (; panel + kPanels <= g.panels; panel += kPanels) gemm_panels<A, kTransposed, kPanels>(g, panel);
@@ -146,7 +117,7 @@ inline void gemm_as(Gemm<A>& g) {
 
 template <class A>
 void gemm(const Gemm<A>& args) {
-  Gemm<A> g = args;  // a copy, which no store through a pointer can be thought to change
+  const Gemm<A> g = args;  // a copy, which no store through a pointer can be thought to change
   g.transposed ? gemm_as<A, true>(g) : gemm_as<A, false>(g);
 }
 

@@ -98,15 +98,6 @@ struct Store {
   void* planes;  // NCHW, if dst is too large to stay in the caches: memory for the tile as it will lie in dst, or null
 };
 
-// Memory that will be wanted soon, `rows` of `lines` cache lines: asked for bit by bit while a matrix product runs, which
-// leaves the memory idle.
-struct Ahead {
-  const char* at;
-  ptrdiff_t row;  // from row to row, in bytes
-  int rows, lines;
-  int line;  // of the first row, that is next
-};
-
 // c(m, panel) (+)= sum over k of a(m, k) * b[panel][k], lines of kBlock numbers.  a lies in panels too: a(m, k) is
 // a[k / kBlock][m][k % kBlock], or, transposed, a[m / kBlock][k][m % kBlock].
 template <class A>
@@ -120,8 +111,6 @@ struct Gemm {
   ptrdiff_t c_panel;
   int rows, depth, panels;
   bool add;
-  Ahead *ahead, *ahead_end;  // or null; what was asked for is taken off them
-  int ahead_lines;           // how much is asked for
 };
 
 // A panel of products becomes clamp(product + bias), rounded to T.  Its statistics join those of the `count` numbers

@@ -13,8 +13,8 @@
 // gradients of the filter and of x; then z and the gradient of y give the gradient of the weights.  Bytes: x, dy and y
 // once, dx once; a thread's sums for the gradient of the weights are read and written once a strip.
 //
-// Results depend on the number of threads and on nothing else: items are dealt out in contiguous runs, and what threads
-// have summed is added in their order.
+// Results depend on the number of threads, and the statistics, in rounding, on the second-level cache: items are dealt
+// out in contiguous runs, and what threads have summed is added in their order.
 
 #include "../separable.h"
 
@@ -112,31 +112,31 @@ class Separable {
     }
   }
 
-  // The sums of backward start from nothing.
-  void reset(A* own) const {
+  // A thread's run of parts.  Its sums start from nothing.
+  void backward(int64_t begin, int64_t end, A* own) const {
     std::memset(own + plan_.sums, 0, plan_.grad.sums * sizeof(A));
-    std::memset(own + plan_.dw_pw, 0, int64_t{plan_.k_blocks} * block_ * s_.C * sizeof(A));
+    bool add = false;  // to dw_pw
+    for (int64_t i = begin; i < end; ++i) backward(i, add, own);
+    if (!add) std::memset(own + plan_.dw_pw, 0, int64_t{plan_.k_blocks} * block_ * s_.C * sizeof(A));
   }
 
   // The tiles of y of a group, and their statistics.  Returns the number of their pixels.
   int64_t forward_group(int group, A* own) const {
     if (args_.statistics) std::memset(statistics(group), 0, int64_t{plan_.k_blocks} * block_ * 2 * sizeof(double));
     int64_t count = 0;
-    const int64_t end = plan_.items * (group + 1) / plan_.groups;
-    for (int64_t i = plan_.items * group / plan_.groups; i < end; ++i) {
-      forward(i, i + 1 < end, own, statistics(group), count);
+    for (int64_t i = plan_.items * group / plan_.groups; i < plan_.items * (group + 1) / plan_.groups; ++i) {
+      forward(i, own, statistics(group), count);
     }
     return count;
   }
 
   // Part i of the rows of an image.
-  void backward(int64_t i, A* own) const {
+  void backward(int64_t i, bool& add, A* own) const {
     const int part = static_cast<int>(i % plan_.rows.tiles);
     const int64_t image = i / plan_.rows.tiles;
     A* const dz = own + plan_.dz_tile;
     int first = 0;  // row that dz begins with
-    const std::vector<Strip> strips = plan_.strips(part);
-    for (const Strip& strip : strips) {
+    for (const Strip& strip : plan_.strips(part)) {
       if (strip.kept > first) {
         for (int b = 0; b < plan_.blocks; ++b) {
           A* const panel = dz + b * dz_panel();
@@ -148,11 +148,8 @@ class Separable {
       const int64_t panel = strip.dz.size() * row();
       A *const panels = own + plan_.panels, *const z = own + plan_.z_tile;
       gradient_of_y(image, strip.dz, panels);
-      const TensorRef dx = dense<T>(args_.dx, args_.nhwc, s_.C, s_.H, s_.W);
-      Ahead depthwise[2] = {memory_of_x(image, strip.dz, whole(Q_)), memory(dx, s_.C, image, strip.dx, whole(s_.W))};
       kernels_.gemm({panels, panel, false, shared_ + plan_.w_pw, int64_t{args_.K} * block_,
-                     dz + (strip.dz.lo - first) * row(), dz_panel(), pixels, args_.K, plan_.blocks, false, depthwise,
-                     depthwise + 2, ahead_lines(depthwise)});
+                     dz + (strip.dz.lo - first) * row(), dz_panel(), pixels, args_.K, plan_.blocks, false});
       for (int b = 0; b < plan_.blocks; b += plan_.depth) {
         depthwise_backward(image, part, strip, b, std::min(plan_.depth, plan_.blocks - b), own);
       }
@@ -160,14 +157,9 @@ class Separable {
       const Span counted = intersection(strip.dz, plan_.rows.y(part));
       if (counted.size() <= 0) continue;
       const int64_t before = (counted.lo - strip.dz.lo) * row();
-      Ahead next[2] = {};
-      if (&strip != &strips.back()) {
-        const Span rows = (&strip + 1)->dz;
-        next[0] = memory(args_.dy, args_.K, image, rows, whole(Q_));
-        next[1] = memory(args_.y_made, args_.K, image, rows, whole(Q_));
-      }
       kernels_.gemm({z + before, panel, true, panels + before, panel, own + plan_.dw_pw, int64_t{s_.C} * block_, s_.C,
-                     counted.size() * Q_, plan_.k_blocks, true, next, next + 2, ahead_lines(next)});
+                     counted.size() * Q_, plan_.k_blocks, add});
+      add = true;
     }
   }
 
@@ -228,18 +220,12 @@ class Separable {
     return reinterpret_cast<double*>(shared_ + plan_.statistics) + int64_t{group} * plan_.k_blocks * block_ * 2;
   }
 
-  struct Tile {
-    int64_t image;
-    Span rows, cols;
-  };
-  Tile tile(int64_t i) const {
-    return {i / plan_.rows.tiles / plan_.cols.tiles, plan_.rows.y(static_cast<int>(i % plan_.rows.tiles)),
-            plan_.cols.y(static_cast<int>(i / plan_.rows.tiles % plan_.cols.tiles))};
-  }
-
-  // Tile i of y; whether this thread makes the next one too.  `count` is the number of pixels that `statistics` are of.
-  void forward(int64_t i, bool more, A* own, double* statistics, int64_t& count) const {
-    const auto [image, rows, cols] = tile(i);
+  // Tile i of y.  `count` is the number of pixels that `statistics` are of.
+  void forward(int64_t i, A* own, double* statistics, int64_t& count) const {
+    const int row_tile = static_cast<int>(i % plan_.rows.tiles);
+    const int col_tile = static_cast<int>(i / plan_.rows.tiles % plan_.cols.tiles);
+    const int64_t image = i / plan_.rows.tiles / plan_.cols.tiles;
+    const Span rows = plan_.rows.y(row_tile), cols = plan_.cols.y(col_tile);
     const int pixels = rows.size() * cols.size();
     const int64_t panel = int64_t{pixels} * block_;
     A *const z = own + plan_.z_tile, *const panels = own + plan_.panels;
@@ -251,39 +237,13 @@ class Separable {
     if (args_.between.any()) {
       kernels_.clamp(z, plan_.blocks * panel, static_cast<A>(args_.between.low), static_cast<A>(args_.between.high));
     }
-    Ahead ahead[2] = {};
-    if (more) {
-      const Tile next = tile(i + 1);
-      ahead[0] = memory_of_x(next.image, next.rows, next.cols);
-      ahead[1] = memory(dense<T>(args_.y, args_.nhwc, args_.K, P_, Q_), args_.K, next.image, next.rows, next.cols);
-    }
-    const int lines = (ahead_lines(ahead) * kPanels + plan_.k_blocks - 1) / plan_.k_blocks;
     for (int k = 0; k < plan_.k_blocks; k += kPanels) {
       const int n = std::min(kPanels, plan_.k_blocks - k);
       kernels_.gemm({z, panel, false, shared_ + plan_.w_pw + int64_t{k} * s_.C * block_, int64_t{s_.C} * block_, panels,
-                     panel, pixels, s_.C, n, false, ahead, ahead + 2, lines});
+                     panel, pixels, s_.C, n, false});
       finish(image, rows, cols, k, n, panels, statistics, count);
     }
     count += pixels;
-  }
-
-  // `rows` x `cols` of a tensor, to be asked for in advance.
-  Ahead memory(const TensorRef& t, int channels, int64_t image, Span rows, Span cols) const {
-    if (!t.data || rows.size() <= 0 || cols.size() <= 0) return {};
-    const int64_t count = args_.nhwc ? rows.size() : channels;
-    const int64_t size = args_.nhwc ? cols.size() * t.w : (rows.size() - 1) * t.h + cols.size();
-    // A view of which most memory is something else is left alone.
-    if (count * size > 2 * int64_t{rows.size()} * cols.size() * channels) return {};
-    const int64_t step = args_.nhwc ? t.h : t.c;
-    return {reinterpret_cast<const char*>(at<T>(t, image, 0, rows.lo, cols.lo)), step * int64_t{sizeof(T)},
-            static_cast<int>(count), static_cast<int>((size * sizeof(T) + 63) / 64), 0};
-  }
-  Ahead memory_of_x(int64_t image, Span rows, Span cols) const {
-    return memory(args_.x, s_.C, image, within(plan_.rows.axis.reads_x(rows), s_.H),
-                  within(plan_.cols.axis.reads_x(cols), s_.W));
-  }
-  static int ahead_lines(const Ahead (&ahead)[2]) {
-    return ahead[0].rows * ahead[0].lines + ahead[1].rows * ahead[1].lines;
   }
 
   // n blocks from b on of `rows` x `cols` of a tensor, as panels.
@@ -419,8 +379,14 @@ class Separable {
     if (affine.any) {
       const TensorRef& x = args_.x;
       A* const of_vectors = sums + b * plan_.grad.sums_per_block + int64_t{plan_.grad.taps} * block_;
-      grad = {affine, at<T>(x, image, int64_t{b} * block_, strip.dx.lo, 0), x.h, x.w, x.c, of_vectors,
-              of_vectors + block_, plan_.grad.sums_per_block};
+      grad = {affine,
+              at<T>(x, image, int64_t{b} * block_, strip.dx.lo, 0),
+              x.h,
+              x.w,
+              x.c,
+              of_vectors,
+              of_vectors + block_,
+              plan_.grad.sums_per_block};
     }
     store(dx_tile, dense<T>(args_.dx, args_.nhwc, s_.C, s_.H, s_.W), s_.C, image, strip.dx, whole(s_.W), b, n, grad);
   }
@@ -479,11 +445,8 @@ void run(const SeparableArgs& args, const SeparablePlan& plan) {
     block.prepare(thread, threads);
     if (args.backward) {
       // Sums of the same pixels at every call: what is dealt out as threads become free would differ in rounding.
-      block.reset(own);
       barrier();
-      for (int64_t i = plan.items * thread / threads; i < plan.items * (thread + 1) / threads; ++i) {
-        block.backward(i, own);
-      }
+      block.backward(plan.items * thread / threads, plan.items * (thread + 1) / threads, own);
       barrier();
       block.reduce_sums(thread, threads, first);
     } else {

@@ -1,12 +1,16 @@
 #include "separable_plan.h"
 
+#include <unistd.h>
+
 namespace xsep::cpu {
 namespace {
 
-// Of the depthwise results of a tile, which the matrix product reads once for every panel of weights: what most
-// second-level caches hold beside the panel.  The weights are read once a tile, from further away, so that a tile has
-// some pixels whatever its channels take; in backward the sums for their gradient are read and written too.
-constexpr int64_t kTileBytes = 448 * 1024;
+// Of the depthwise results of a tile, which the matrix product reads once for every two panels of weights: what the
+// second-level cache holds beside the panels.  The weights are read once a tile, from further away, so that a tile has
+// some pixels whatever its channels take; in backward the sums for their gradient are read and written too, and strips
+// do not depend on the machine, so that gradients do not.
+constexpr int64_t kUsualCache = 512 * 1024;
+constexpr int64_t tile_bytes(int64_t cache) { return cache / 16 * 7; }
 constexpr int kLeastPixels = 48, kLeastPixelsBackward = 96, kMostPixels = 256;
 constexpr int kTileRows = 4;  // where a row does not fit, so that tiles share few rows of x
 
@@ -15,6 +19,15 @@ constexpr int kMaxDepth = 8;
 constexpr int64_t kMacsPerThread = 256 * 1024;
 constexpr int kItemsPerThread = 4;  // fewer are dealt out evenly
 constexpr int kGroupsPerThread = 16;
+
+int64_t second_level_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t size = std::clamp<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), kUsualCache, 4 * kUsualCache);
+  return size;
+#else
+  return kUsualCache;
+#endif
+}
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
@@ -28,9 +41,9 @@ DepthwiseArgs depthwise_args(const SeparableArgs& args, Pass pass) {
   return d;
 }
 
-int most_pixels(int64_t channels, const SeparableArgs& args, int least, int64_t bytes = kTileBytes) {
+int most_pixels(int64_t channels, const SeparableArgs& args, int least, int64_t cache) {
   const int64_t size = args.dtype == Dtype::kFloat64 ? 8 : 4;
-  return static_cast<int>(std::clamp<int64_t>(bytes / (channels * size), least, kMostPixels));
+  return static_cast<int>(std::clamp<int64_t>(tile_bytes(cache) / (channels * size), least, kMostPixels));
 }
 
 // Few items are as many for each thread.
@@ -47,7 +60,7 @@ int evened(int64_t others, int pieces, int limit, int threads) {
 
 void SeparablePlan::cut_forward(const SeparableArgs& args) {
   const int P = args.shape.P(), Q = args.shape.Q();
-  const int most = most_pixels(channels, args, kLeastPixels);
+  const int most = most_pixels(channels, args, kLeastPixels, second_level_cache());
   const bool whole_rows = int64_t{Q} * std::min(P, kTileRows) <= most;
   const int tile_rows = whole_rows ? std::min(P, most / Q) : std::min(P, kTileRows);
   cols.tiles = whole_rows ? 1 : ceil_div(Q, std::max(1, most / tile_rows));
@@ -58,7 +71,8 @@ void SeparablePlan::cut_forward(const SeparableArgs& args) {
 
 void SeparablePlan::cut_backward(const SeparableArgs& args) {
   const int P = args.shape.P(), Q = args.shape.Q();
-  const int most = most_pixels(std::max<int64_t>(channels, int64_t{k_blocks} * block), args, kLeastPixelsBackward, kTileBytes / 2);
+  const int most =
+      most_pixels(std::max<int64_t>(channels, int64_t{k_blocks} * block), args, kLeastPixelsBackward, kUsualCache);
   strip_rows = std::clamp((most + Q / 2) / Q, std::min(P, 2), P);
   cols.tiles = 1;
   rows.tiles = evened(args.shape.N, 1, ceil_div(P, strip_rows), std::max(1, args.threads));

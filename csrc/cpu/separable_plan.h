@@ -43,7 +43,7 @@ struct SeparablePlan {
   int blocks, k_blocks;  // that cover C and K
   int64_t channels;      // of a pixel of z: blocks * block
 
-  int depth;             // blocks that are read and written together
+  int depth;  // blocks that are read and written together
 
   // Forward: tiles of y.  Backward: parts of the rows of an image, each of which a thread goes down in strips.
   Cut rows, cols;

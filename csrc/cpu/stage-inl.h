@@ -39,8 +39,7 @@ void stage_nhwc(const Stage<acc_t<T>>& s) {
 // A row of du becomes dx, and is summed in registers before it joins the sums of the rows above: short sums are exact.
 // kVectors vectors of channels from c on at a time, of which `src` has the first.
 template <int L, int kVectors, class T>
-inline void store_affine_row(const Store<acc_t<T>>& s, const acc_t<T>* src, T* dst, const T* x, int c,
-                             ptrdiff_t sums) {
+inline void store_affine_row(const Store<acc_t<T>>& s, const acc_t<T>* src, T* dst, const T* x, int c, ptrdiff_t sums) {
   typedef acc_t<T> A;
   const AffineGrad<A>& g = s.grad;
   vec<A, L> center[kVectors], scale[kVectors], shift[kVectors], dscale[kVectors] = {}, dshift[kVectors] = {};
@@ -86,9 +85,8 @@ void store_nhwc(const Store<acc_t<T>>& s) {
         if (lanes == B)
           store_affine_row<L, B / L, T>(s, src, dst, x, b, sums);
         else
-          for_lanes<L>(lanes, [&](auto l, int c) {
-            store_affine_row<l.value, 1, T>(s, src + c, dst, x, b + c, sums + c);
-          });
+          for_lanes<L>(lanes,
+                       [&](auto l, int c) { store_affine_row<l.value, 1, T>(s, src + c, dst, x, b + c, sums + c); });
       }
       continue;
     }

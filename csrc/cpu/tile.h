@@ -115,8 +115,8 @@ class Tile {
     const auto store = call_.args.nhwc ? call_.kernels.store_nhwc : call_.kernels.store_nchw;
     for (int b = b_; b < b_ + blocks_; ++b) {
       T* dst = const_cast<T*>(at<T>(t, image_, int64_t{first_channel(b)} * multiplier + m, rows.lo, cols.lo));
-      store({scratch_.out + (b - b_) * block_, tile_pixel(), block_, dst, t.h, t.w, t.c * multiplier, rows.size(), cols.size(),
-             lanes(b), affine_grad(b), plan_.planes ? scratch_.planes : nullptr});
+      store({scratch_.out + (b - b_) * block_, tile_pixel(), block_, dst, t.h, t.w, t.c * multiplier, rows.size(),
+             cols.size(), lanes(b), affine_grad(b), plan_.planes ? scratch_.planes : nullptr});
     }
   }
   AffineGrad<A> affine_grad(int b) const {
@@ -124,7 +124,8 @@ class Tile {
     if (!affine.any || !plan_.makes_dx) return {};
     const TensorRef& x = call_.args.x;
     A* sums = scratch_.sums + b * plan_.sums_per_block + int64_t{plan_.taps} * block_;
-    return {affine, at<T>(x, image_, first_channel(b), dx_rows_.lo, dx_cols_.lo), x.h, x.w, x.c, sums, sums + block_, 0};
+    return {affine, at<T>(x, image_, first_channel(b), dx_rows_.lo, dx_cols_.lo), x.h, x.w, x.c, sums, sums + block_,
+            0};
   }
 
   bool streams(const T* dst, const TensorRef& out) const {
