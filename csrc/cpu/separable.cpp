@@ -232,7 +232,7 @@ class Separable {
     for (int b = 0; b < plan_.blocks; b += plan_.depth) {
       const int n = std::min(plan_.depth, plan_.blocks - b);
       Pixels u = stage_x(image, rows, cols, b, n, own);
-      for (int i = b; i < b + n; ++i, next_panel(u)) convolve(u, rows.size(), cols.size(), i, z + i * panel);
+      for (int c = b; c < b + n; ++c, next_panel(u)) convolve(u, rows.size(), cols.size(), c, z + c * panel);
     }
     if (args_.between.any()) {
       kernels_.clamp(z, plan_.blocks * panel, static_cast<A>(args_.between.low), static_cast<A>(args_.between.high));
