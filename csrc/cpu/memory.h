@@ -1,8 +1,8 @@
 // Large outputs, recycled.  glibc maps every allocation above 32 MB anew and returns it when it is freed, and the
-// kernel then clears it page by page, which costs several times what a convolution does.  Here outputs
-// are cut from one range of addresses, in huge pages, and what is freed waits for the next outputs, whatever their
-// sizes. All but the last 128 MB of it is the kernel's to take (MADV_FREE), so that little is withheld from a machine
-// that runs out of memory.
+// kernel then clears it page by page, which costs several times what a convolution does.  Here outputs are cut from one
+// range of addresses, in huge pages, and what is freed waits for the next outputs, whatever their sizes.  All but the
+// last 128 MB of it is the kernel's to take (MADV_FREE), so that little is withheld from a machine that runs out of
+// memory.
 #pragma once
 
 #include <cstdint>
