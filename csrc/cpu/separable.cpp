@@ -237,8 +237,8 @@ class Separable {
     if (args_.between.any()) {
       kernels_.clamp(z, plan_.blocks * panel, static_cast<A>(args_.between.low), static_cast<A>(args_.between.high));
     }
-    for (int k = 0; k < plan_.k_blocks; k += kPanels) {
-      const int n = std::min(kPanels, plan_.k_blocks - k);
+    for (int k = 0; k < plan_.k_blocks; k += kTogether) {
+      const int n = std::min(kTogether, plan_.k_blocks - k);
       kernels_.gemm({z, panel, false, shared_ + plan_.w_pw + int64_t{k} * s_.C * block_, int64_t{s_.C} * block_, panels,
                      panel, pixels, s_.C, n, false});
       finish(image, rows, cols, k, n, panels, statistics, count);

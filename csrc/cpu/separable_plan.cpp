@@ -15,7 +15,6 @@ constexpr int kLeastPixels = 48, kLeastPixelsBackward = 96, kMostPixels = 256;
 constexpr int kTileRows = 4;  // where a row does not fit, so that tiles share few rows of x
 
 constexpr int64_t kStagedBytes = 128 * 1024;  // of x and dx, for some blocks of channels together
-constexpr int kMaxDepth = 8;
 constexpr int64_t kMacsPerThread = 256 * 1024;
 constexpr int kItemsPerThread = 4;  // fewer are dealt out evenly
 constexpr int kGroupsPerThread = 16;
@@ -138,7 +137,7 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
   }
   const int64_t size = args.dtype == Dtype::kFloat64 ? 8 : 4;
   const int64_t staged = std::max<int64_t>(1, (x_pixels + dx_pixels) * block * size);
-  depth = static_cast<int>(std::clamp<int64_t>(kStagedBytes / staged, 1, std::min(kMaxDepth, blocks)));
+  depth = static_cast<int>(std::clamp<int64_t>(kStagedBytes / staged, 1, std::min(kTogether, blocks)));
 
   Regions of_call(block), of_thread(block);
   fprop_w = of_call.add(fprop.packed_w);
@@ -160,7 +159,7 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
   } else {
     w_pw = of_call.add(int64_t{k_blocks} * block * s.C);
     bias = of_call.add(int64_t{k_blocks} * block);
-    panels = of_thread.add(int64_t{kPanels} * pixels * block);
+    panels = of_thread.add(int64_t{kTogether} * pixels * block);
     if (args.statistics) statistics = of_call.add(groups * int64_t{k_blocks} * block * 2 * 2);  // in double
   }
   shared = of_call.size();

@@ -30,7 +30,7 @@ class Regions {
   int64_t line_, size_ = 0;
 };
 
-constexpr int kPanels = 8;  // of results, made at a time in forward
+constexpr int kTogether = 8;  // blocks of channels of a tensor that are read or written together, at most
 
 struct SeparablePlan {
   explicit SeparablePlan(const SeparableArgs& args);
@@ -42,8 +42,7 @@ struct SeparablePlan {
   int block;             // kBlock
   int blocks, k_blocks;  // that cover C and K
   int64_t channels;      // of a pixel of z: blocks * block
-
-  int depth;  // blocks that are read and written together
+  int depth;             // blocks of x and dx that are read and written together
 
   // Forward: tiles of y.  Backward: parts of the rows of an image, each of which a thread goes down in strips.
   Cut rows, cols;
