@@ -79,20 +79,22 @@ inline void gemm_panels(const Gemm<A>& g, int panel) {
   const auto at_most = [](int depth) { return depth < kDepth ? depth : kDepth; };
   for (int k = 0; k < g.depth; k += kDepth) {
     const int depth = at_most(g.depth - k);
-    // What of b comes next: the rest of this panel, or the next one, or nothing.  It is asked for in advance, some
-    // lines before each tile.  Where tiles read several panels, or many lines of c, hardware does better if left alone.
-    constexpr bool kAsk = kPanels == 1 && kVectorBytes < 64 && !kTransposed;
+    // What of b comes next, the rest of this panel or the next one, is asked for in advance, some lines before each
+    // tile.  Where tiles read several panels, or many lines of c, hardware does better if left alone.
     const A* next = g.b + panel * g.b_panel + (k + depth) * B;
-    int lines = at_most(g.depth - k - depth);
-    if (lines == 0 && panel + 1 < g.panels) next = g.b + (panel + 1) * g.b_panel, lines = at_most(g.depth);
-    const int some = lines / tiles_of(group) + 1;
+    int lines = 0, some = 0;
+    if constexpr (kVectorBytes < 64 && !kTransposed) {
+      lines = at_most(g.depth - k - depth);
+      if (lines == 0 && panel + 1 < g.panels) next = g.b + (panel + 1) * g.b_panel, lines = at_most(g.depth);
+      some = lines / tiles_of(group) + 1;
+    }
     const A* b = g.b + panel * g.b_panel + k * B;
     A* c = g.c + panel * g.c_panel;
     for (int i = 0; i < groups; ++i) {
       const int rows = g.rows - i * group < group ? g.rows - i * group : group, tiles = tiles_of(rows);
       const A* a = g.a + (kTransposed ? i * g.a_panel + k * B : k / B * g.a_panel);
       for (int t = 0; t < tiles; ++t) {
-        for (int l = 0; kAsk && l < some && lines > 0; ++l, --lines, next += B) __builtin_prefetch(next, 0, 2);
+        for (int l = 0; l < some && lines > 0; ++l, --lines, next += B) __builtin_prefetch(next, 0, 2);
         const int height = rows / tiles + (t < rows % tiles);
         gemm_rows<A, kTransposed, kPanels>(g, a, b, c, depth, g.add || k > 0, height);
         a += kTransposed ? height : height * B;
@@ -102,17 +104,11 @@ inline void gemm_panels(const Gemm<A>& g, int panel) {
   }
 }
 
-template <class A, bool kTransposed>
-inline void gemm_as(const Gemm<A>& g) {
-  constexpr int kPanels = GemmTile<A, kTransposed>::kPanels;
-  int panel = 0;
+// As many panels at a time as a tile has, then what is left.
+template <class A, bool kTransposed, int kPanels = GemmTile<A, kTransposed>::kPanels>
+inline void gemm_as(const Gemm<A>& g, int panel = 0) {
   for (; panel + kPanels <= g.panels; panel += kPanels) gemm_panels<A, kTransposed, kPanels>(g, panel);
-  if constexpr (kPanels > 2) {
-    if (panel + 2 <= g.panels) gemm_panels<A, kTransposed, 2>(g, panel), panel += 2;
-  }
-  if constexpr (kPanels > 1) {
-    if (panel < g.panels) gemm_panels<A, kTransposed, 1>(g, panel);
-  }
+  if constexpr (kPanels > 1) gemm_as<A, kTransposed, kPanels - 1>(g, panel);
 }
 
 template <class A>
