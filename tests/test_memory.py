@@ -113,6 +113,6 @@ def test_several_threads():
 
 def test_bad_sizes():
     with pytest.raises(ValueError, match="at least 1; got 0"):
-        cpu._C.recycled(0)
+        cpu._C.recycled(0, (1, 0, 1, 1), True)
     with pytest.raises(MemoryError):
-        cpu._C.recycled(1 << 60)
+        cpu._C.recycled(0, (1 << 29, 1 << 29, 1, 1), True)

@@ -68,8 +68,12 @@ def test_gradients_and_statistics_of_training_agree_with_timm(fused, backend):
     ours = xception("timm", num_classes=50, fused=fused).to(backend.device)
     ours.load_state_dict(theirs.state_dict())
     exact = copy.deepcopy(theirs).double()
-    x = torch.randn(4, 3, 97, 97, device=backend.device).contiguous(memory_format=torch.channels_last)
-    grads = [results(ours, x), results(theirs, x), results(exact, x.double())]
+    grads: list[list[torch.Tensor]] = [[], [], []]
+    # Of several batches: where rounding decides whether a ReLU lets a number pass, one batch is a matter of luck.
+    for _ in range(4):
+        x = torch.randn(4, 3, 97, 97, device=backend.device).contiguous(memory_format=torch.channels_last)
+        for found, model, t in zip(grads, (ours, theirs, exact), (x, x, x.double())):
+            found += results(model, t)
     assert_all_no_worse_than_torch(*grads, "gradients")
     stats = [[b for name, b in m.named_buffers() if "running" in name] for m in (ours, theirs, exact)]
     assert_all_no_worse_than_torch(*stats, "running statistics")

@@ -82,13 +82,27 @@ inline V in_register(V v) {
 #include "conv-inl.h"
 #include "wgrad-inl.h"
 #include "gemm-inl.h"
+#include "residual-inl.h"
 
 template <class T>
 constexpr Kernels<acc_t<T>> kernels_of() {
   typedef acc_t<T> A;
-  return {stage_nhwc<T>,        stage_nchw<T>, conv<T>, conv<A>,   wgrad<T>, wgrad<A>,
-          store_nhwc<T>,        store_nchw<T>, gemm<A>, finish<T>, add<A>,   clamp<A>,
-          relu_with_gradient<A>};
+  return {stage_nhwc<T>,
+          stage_nchw<T>,
+          conv<T>,
+          conv<A>,
+          wgrad<T>,
+          wgrad<A>,
+          store_nhwc<T>,
+          store_nchw<T>,
+          gemm<A>,
+          finish<T>,
+          add<A>,
+          clamp<A>,
+          relu_with_gradient<A>,
+          residual_row<T>,
+          residual_row_grad<T>,
+          unpool_row<T>};
 }
 
 #define XSEP_STRING_(x) #x

@@ -125,6 +125,47 @@ struct Finish {
   double count;
 };
 
+// A row of residual_sum.h: windows of tap_rows x tap_cols pixels of y, BatchNorm of the largest, the other branch.
+template <class A>
+struct ResidualRow {
+  Pixels y;  // first_row: of the window; first_col: of the first window
+  int tap_rows, tap_cols;
+  int cols, channels;
+  const A *center, *scale, *shift;
+  const void* skip;  // null: none
+  ptrdiff_t skip_pixel;
+  const A *skip_center, *skip_scale, *skip_shift;  // null: skip as it is
+  void* out;
+  ptrdiff_t out_pixel;
+};
+
+// Its gradients.  What is null is not wanted.
+template <class A>
+struct ResidualRowGrad {
+  ResidualRow<A> row;  // out, shift and skip_shift are not used; skip is null where it has no vectors
+  const void* dout;
+  ptrdiff_t dout_pixel;
+  A* choice;    // [cols][channels]: which tap of its window was the largest; or null, where a window is one pixel:
+  void* dy;     // a row of dy
+  void* dskip;  // and one of dskip, as dense as out
+  A *dshift, *dscale, *dskip_scale;  // added to; [channels]
+  A* sums;                           // memory for those of the row: short sums are exact
+};
+
+// A row of dy: each pixel gets dout of the windows that chose it.  Row p of `choice` is p % choice_rows.
+template <class A>
+struct Unpool {
+  const void* dout;
+  ptrdiff_t dout_row, dout_pixel;
+  const A* choice;
+  int choice_rows;
+  int row, cols, channels;  // of dy
+  int out_rows, out_cols;
+  int tap_rows, tap_cols, step_row, step_col, pad_row, pad_col;
+  const A* scale;
+  void* dy;
+};
+
 // Functions for one element type T.  The convolutions exist twice: on an NHWC tensor, and on staged tiles of A.
 template <class A>
 struct Kernels {
@@ -141,6 +182,9 @@ struct Kernels {
   void (*add)(const A* from, A* to, ptrdiff_t count);
   void (*clamp)(A* p, ptrdiff_t count, A low, A high);
   void (*relu_with_gradient)(A* v, A* dv, ptrdiff_t count);
+  void (*residual_row)(const ResidualRow<A>&);
+  void (*residual_row_grad)(const ResidualRowGrad<A>&);
+  void (*unpool_row)(const Unpool<A>&);
 };
 
 struct Isa {

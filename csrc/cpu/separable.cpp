@@ -13,6 +13,9 @@
 // gradients of the filter and of x; then z and the gradient of y give the gradient of the weights.  Bytes: x, dy and y
 // once, dx once; a thread's sums for the gradient of the weights are read and written once a strip.
 //
+// A filter of one pixel with a stride reads some pixels of x, which then take the place of x; the other pixels of dx
+// are zeros.
+//
 // Results depend on the number of threads, and the statistics, in rounding, on the second-level cache: items are dealt
 // out in contiguous runs, and what threads have summed is added in their order.
 
@@ -20,6 +23,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -34,13 +38,34 @@ namespace {
 
 constexpr Span whole(int extent) { return {0, extent}; }
 
+// Extents of x, of which every step-th row and column takes part.
+struct Grid {
+  int H, W, step_h = 1, step_w = 1;
+
+  bool sparse() const { return step_h > 1 || step_w > 1; }
+};
+
+// Makes a call with a filter of one pixel one without a stride, of the pixels of x that it reads.  Not NCHW, whose
+// pixels have to be neighbours.
+Grid remove_stride(SeparableArgs& args) {
+  ConvShape& s = args.shape;
+  const bool padded = s.pad_top || s.pad_bottom || s.pad_left || s.pad_right;
+  if (!args.nhwc || s.R > 1 || s.S > 1 || padded) return {s.H, s.W};
+  const Grid grid{s.H, s.W, s.stride_h, s.stride_w};
+  args.x.h *= s.stride_h, args.x.w *= s.stride_w;
+  std::tie(s.H, s.W) = std::make_tuple(s.P(), s.Q());
+  s.stride_h = s.stride_w = 1;
+  return grid;
+}
+
 template <class T>
 class Separable {
   using A = accumulate_t<T>;
 
  public:
-  Separable(const SeparableArgs& args, const SeparablePlan& plan)
+  Separable(const SeparableArgs& args, const Grid& grid, const SeparablePlan& plan)
       : args_(args),
+        grid_(grid),
         plan_(plan),
         s_(args.shape),
         kernels_(kernels_for<T>(isa_in_use())),
@@ -62,7 +87,8 @@ class Separable {
         P_(s_.P()),
         Q_(s_.Q()),
         stage_(args.nhwc ? kernels_.stage_nhwc : kernels_.stage_nchw),
-        store_(args.nhwc ? kernels_.store_nhwc : kernels_.store_nchw) {}
+        store_(args.nhwc ? kernels_.store_nhwc : kernels_.store_nchw),
+        dx_(dense<T>(args.dx, args.nhwc, s_.C, grid.H, grid.W)) {}
 
   // A thread's share of what the tiles share.
   void prepare(int thread, int threads) const {
@@ -374,6 +400,10 @@ class Separable {
       }
     }
     if (strip.dx.size() == 0) return;
+    if (grid_.sparse() && b == 0) {
+      const int first = strip.dx.lo * grid_.step_h, end = strip.dx.hi == s_.H ? grid_.H : strip.dx.hi * grid_.step_h;
+      std::memset(const_cast<T*>(at<T>(dx_, image, 0, first, 0)), 0, (end - first) * dx_.h * sizeof(T));
+    }
     const Affine<A> affine = fprop_.affine(b);
     AffineGrad<A> grad{};
     if (affine.any) {
@@ -388,7 +418,8 @@ class Separable {
               of_vectors + block_,
               plan_.grad.sums_per_block};
     }
-    store(dx_tile, dense<T>(args_.dx, args_.nhwc, s_.C, s_.H, s_.W), s_.C, image, strip.dx, whole(s_.W), b, n, grad);
+    const TensorRef to{dx_.data, dx_.n, dx_.c, dx_.h * grid_.step_h, dx_.w * grid_.step_w};
+    store(dx_tile, to, s_.C, image, strip.dx, whole(s_.W), b, n, grad);
   }
 
   // Positions of one residue modulo the stride are an ordinary convolution with the taps of that residue.
@@ -410,6 +441,7 @@ class Separable {
   }
 
   const SeparableArgs& args_;
+  const Grid& grid_;
   const SeparablePlan& plan_;
   const ConvShape& s_;
   const Kernels<A>& kernels_;
@@ -418,12 +450,13 @@ class Separable {
   const int P_, Q_;
   void (*const stage_)(const Stage<A>&);
   void (*const store_)(const Store<A>&);
+  const TensorRef dx_;
 };
 
 template <class T>
-void run(const SeparableArgs& args, const SeparablePlan& plan) {
+void run(const SeparableArgs& args, const Grid& grid, const SeparablePlan& plan) {
   using A = accumulate_t<T>;
-  const Separable<T> block(args, plan);
+  const Separable<T> block(args, grid, plan);
   A* const first = static_cast<A*>(args.workspace) + plan.shared;
   std::vector<int64_t> counts(plan.groups);
 
@@ -468,17 +501,21 @@ void check(const SeparableArgs& args) {
 
 }  // namespace
 
-int64_t workspace_bytes(const SeparableArgs& args) {
+int64_t workspace_bytes(const SeparableArgs& given) {
+  SeparableArgs args = given;
   check(args);
+  remove_stride(args);
   return SeparablePlan(args).workspace_elements() * (args.dtype == Dtype::kFloat64 ? 8 : 4);
 }
 
-void separable(const SeparableArgs& args) {
+void separable(const SeparableArgs& given) {
+  SeparableArgs args = given;
   check(args);
+  const Grid grid = remove_stride(args);
   const SeparablePlan plan(args);
   with_dtype(args.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    run<T>(args, plan);
+    run<T>(args, grid, plan);
   });
 }
 

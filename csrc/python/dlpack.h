@@ -10,6 +10,8 @@ struct Device {
   int32_t id = 0;
 };
 
+constexpr uint8_t kFloat = 2, kBfloat = 4;
+
 struct DataType {
   uint8_t code, bits;
   uint16_t lanes;

@@ -12,6 +12,8 @@
 #include "bind.h"
 #include "call.h"
 #include "dlpack.h"
+#include "moments_call.h"
+#include "residual_sum_call.h"
 #include "separable_call.h"
 
 namespace py = pybind11;
@@ -23,8 +25,7 @@ class DepthwiseCall : PreparedCall {
  public:
   DepthwiseCall(int pass, const ConvShape& shape, int dtype, bool nhwc, bool on_load, bool relu, int threads)
       : PreparedCall(pass, shape, dtype, nhwc, on_load, relu) {
-    if (threads < 1) throw std::invalid_argument("threads must be at least 1; got " + std::to_string(threads));
-    args_.threads = threads;
+    args_.threads = checked_threads(threads);
     DepthwiseArgs planned = args_;
     static const char any = 0;  // the plan asks only whether there are vectors
     if (on_load) planned.on_load.center = &any;
@@ -33,8 +34,7 @@ class DepthwiseCall : PreparedCall {
 
   void operator()(const py::tuple& tensors, uintptr_t workspace) const {
     DepthwiseArgs call = with(tensors);
-    call.workspace = reinterpret_cast<void*>(workspace);
-    if (workspace % 64 != 0) throw std::invalid_argument("workspace must be aligned to 64 bytes");
+    call.workspace = checked_workspace(workspace);
     py::gil_scoped_release unlocked;
     cpu::depthwise(call);
   }
@@ -43,9 +43,15 @@ class DepthwiseCall : PreparedCall {
 };
 
 struct Output {
-  explicit Output(int64_t bytes) : memory(cpu::allocate(bytes)), shape(bytes) {
+  Output(Dtype dtype, const std::array<int64_t, 4>& sizes, bool nhwc) : shape(sizes) {
+    const auto [N, C, H, W] = sizes;
+    strides = nhwc ? std::array<int64_t, 4>{H * W * C, 1, W * C, C} : std::array<int64_t, 4>{C * H * W, H * W, W, 1};
+    const auto bytes = with_dtype(dtype, [](auto tag) { return int64_t{sizeof(typename decltype(tag)::type)}; });
+    const auto bits = static_cast<uint8_t>(8 * bytes);
+    const dlpack::DataType type{dtype == Dtype::kBFloat16 ? dlpack::kBfloat : dlpack::kFloat, bits, 1};
+    memory = cpu::allocate(bytes * N * C * H * W);
     if (!memory) throw std::bad_alloc();
-    managed.tensor = {memory, {}, 1, {1 /* unsigned integer */, 8, 1}, &shape, nullptr, 0};
+    managed.tensor = {memory, {}, 4, type, shape.data(), strides.data(), 0};
     managed.context = this;
     managed.deleter = [](dlpack::ManagedTensor* self) { delete static_cast<Output*>(self->context); };
   }
@@ -53,14 +59,16 @@ struct Output {
   Output(const Output&) = delete;
 
   void* memory;
-  int64_t shape;
+  std::array<int64_t, 4> shape, strides;
   dlpack::ManagedTensor managed;
 };
 
-// A capsule with so many bytes of recycled memory, for torch.from_dlpack.
-py::object recycled(int64_t bytes) {
-  if (bytes < 1) throw std::invalid_argument("bytes must be at least 1; got " + std::to_string(bytes));
-  auto* output = new Output(bytes);
+// A capsule with a dense tensor (N, C, H, W) in recycled memory, for torch.from_dlpack.
+py::object recycled(int dtype, const std::array<int64_t, 4>& sizes, bool nhwc) {
+  for (int64_t size : sizes) {
+    if (size < 1) throw std::invalid_argument("sizes must be at least 1; got " + std::to_string(size));
+  }
+  auto* output = new Output(static_cast<Dtype>(dtype), sizes, nhwc);
   return py::reinterpret_steal<py::object>(PyCapsule_New(&output->managed, dlpack::kCapsule, [](PyObject* capsule) {
     if (!PyCapsule_IsValid(capsule, dlpack::kCapsule)) return;  // taken over
     auto* managed = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, dlpack::kCapsule));
@@ -100,6 +108,18 @@ PYBIND11_MODULE(XSEP_MODULE, m) {
       .def_readonly("workspace_bytes", &SeparableCall::workspace_bytes)
       .def("__call__", &SeparableCall::operator(), py::arg("tensors"), py::arg("workspace"));
 
+  py::class_<ResidualSumCall>(m, "ResidualSumCall", py::module_local())
+      .def(py::init<bool, const ConvShape&, int, bool, int>(), py::arg("backward"), py::arg("shape"), py::arg("dtype"),
+           py::arg("skip_vectors"), py::arg("threads"))
+      .def_readonly("workspace_bytes", &ResidualSumCall::workspace_bytes)
+      .def("__call__", &ResidualSumCall::operator(), py::arg("tensors"), py::arg("workspace"));
+
+  py::class_<MomentsCall>(m, "MomentsCall", py::module_local())
+      .def(py::init<const std::array<int32_t, 4>&, int, bool, int>(), py::arg("sizes"), py::arg("dtype"),
+           py::arg("nhwc"), py::arg("threads"))
+      .def_readonly("workspace_bytes", &MomentsCall::workspace_bytes)
+      .def("__call__", &MomentsCall::operator(), py::arg("tensors"), py::arg("workspace"));
+
   m.def(
       "isas",
       [] {
@@ -119,7 +139,7 @@ PYBIND11_MODULE(XSEP_MODULE, m) {
       },
       py::arg("name"));
   m.def("recycles", cpu::recycles);
-  m.def("recycled", recycled, py::arg("bytes"));
+  m.def("recycled", recycled, py::arg("dtype"), py::arg("sizes"), py::arg("nhwc"));
   m.def("set_limit", cpu::set_limit, py::arg("bytes"));
   m.def("waiting_bytes", cpu::waiting_bytes);
   m.def("release_waiting", cpu::release_waiting);

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import partial
-from typing import Callable, Literal, NamedTuple, Sequence
+from typing import Any, Callable, Literal, NamedTuple, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.block import FusedSequential, FusedWhereSupported, run_fused
+from ..nn.block import FusedSequential, FusedWhereSupported, is_exactly, run_fused
 from ..nn.layers import MaxPoolSame, make_activation, spatial_conv2d
 
 
@@ -98,10 +98,16 @@ class Block(nn.Module):
         sequential = {True: FusedSequential, False: nn.Sequential, None: FusedWhereSupported}[fused]
         self.rep = sequential(*rep, *([] if pool is None else [pool]))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, before: Sequence[nn.Module] = ()) -> Tensor:
+        """``before``: layers whose result is the input, which are called here."""
+        if self.residual and isinstance(self.rep, FusedSequential):
+            return self.rep.plus(x, () if self.skip is None else (self.skip, self.skipbn), before)
+        for layer in before:
+            x = layer(x)
         y = self.rep(x)
-        if self.residual:
-            y += x if self.skip is None else self.skipbn(self.skip(x))
+        if not self.residual:
+            return y
+        y += x if self.skip is None else self.skipbn(self.skip(x))
         return y
 
 
@@ -229,10 +235,18 @@ class Xception(nn.Module):
     def _features(self, x: Tensor, taps: Sequence[int] = ()) -> list[Tensor]:
         """The last feature map, after the activated outputs of the stem (0) and of blocks where ``taps`` names them."""
         x = self.act1(self.bn1(self.conv1(x)))
-        x = self.act2(self.bn2(self.conv2(x)))
-        features = [x] if 0 in taps else []
+        x = self.conv2(x)
+        features: list[Tensor] = []
+        before: Sequence[nn.Module] = (self.bn2, self.act2)
+        first: Any = self.block1
+        if 0 in taps or not is_exactly(first, Block):  # which can apply them as it loads its input
+            x, before = self.act2(self.bn2(x)), ()
+        if 0 in taps:
+            features.append(x)
         for i in BLOCKS:
-            x = getattr(self, f"block{i}")(x)
+            block = getattr(self, f"block{i}")
+            x = block(x, before) if before else block(x)
+            before = ()
             if i in taps:
                 features.append(F.relu(x))
         exit_flow = (self.conv3, self.bn3, self.act3, self.conv4, self.bn4, self.act4)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Literal, NamedTuple, Optional
+from typing import Any, Iterable, Literal, NamedTuple, Optional, Sequence, Union
 
 import torch
 from torch import Tensor, nn
 
 from .._compat import is_compiling
 from ..ops import separable_block
-from ..ops.block import vector_dtype
 from ..ops.functional import has_block_kernels
+from ..ops.moments import with_moments
+from ..ops.problem import vector_dtype
+from ..ops.residual import NO_POOL, Branch, Pool, has_residual_kernels, residual_sum
 from .layers import DepthwiseConv2d, MaxPoolSame, SeparableConv2d
-from .norm import KINDS, apply_vectors, takes_statistics, vectors
+from .norm import KINDS, takes_statistics, vectors
 
 Activation = Optional[Literal["relu", "elu"]]
 
@@ -36,8 +38,24 @@ class FusedSequential(nn.Sequential):
         ValueError: in training, an input of one value per channel, as ``nn.BatchNorm2d``.
     """
 
+    _everywhere = True
+
     def forward(self, input: Tensor) -> Tensor:
-        return run_fused(self, input)
+        return run_fused(self, input, self._everywhere)
+
+    def plus(self, input: Tensor, shortcut: Iterable[nn.Module] = (), before: Iterable[nn.Module] = ()) -> Tensor:
+        """``self(x)`` plus what the layers of ``shortcut``, or none, make of x, which those of ``before`` make of
+        ``input``: a residual module.
+
+        Where there are kernels for it (on a CPU, for channels_last tensors) the sum, a BatchNorm at the end of
+        ``self``, a max-pool after that and a BatchNorm at the end of ``shortcut`` are made in one pass, and a pointwise
+        convolution before the latter makes its statistics; a BatchNorm and a ReLU in ``before`` are applied as both
+        branches load ``input``, if these begin with convolutions.
+        """
+        if is_exactly(self, type(self)):
+            return run_fused(self, input, self._everywhere, shortcut, before)
+        x = _called(before, input)
+        return self(x) + _called(shortcut, x)
 
 
 class FusedWhereSupported(FusedSequential):
@@ -46,49 +64,51 @@ class FusedWhereSupported(FusedSequential):
     It goes by the first block.  Compilers see ``nn.Sequential``, from which they make blocks of their own.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        return run_fused(self, input, everywhere=False)
+    _everywhere = False
 
 
-def run_fused(layers: Iterable[nn.Module], x: Tensor, everywhere: bool = True) -> Tensor:
-    """What ``FusedSequential(*layers)`` makes of ``x``, or, unless ``everywhere``, ``FusedWhereSupported(*layers)``."""
-    layers = list(layers)
-    steps: list[nn.Module | _Fused | _Pooled] = [*layers]
+def run_fused(
+    layers: Iterable[nn.Module],
+    x: Tensor,
+    everywhere: bool = True,
+    shortcut: Iterable[nn.Module] | None = None,
+    before: Iterable[nn.Module] = (),
+) -> Tensor:
+    """What ``FusedSequential(*layers)`` makes of ``x``, or, unless ``everywhere``, ``FusedWhereSupported(*layers)``.
+
+    With ``shortcut``, what ``plus`` makes of it.
+    """
+    layers, before, sums = list(layers), list(before), False
+    steps: list[_Step] = [*layers]
     if everywhere or not is_compiling():
-        fused = _steps(layers)
+        sums = has_residual_kernels(x)
+        fused = _steps(layers, sums)
         if everywhere or _in_one_go(fused, x):
             steps = fused
-    mean = m2 = None
-    for step, following in zip(steps, (*steps[1:], None)):
-        if isinstance(step, nn.Module):
-            x = step(x)
-            continue
-        if isinstance(step, _Pooled):
-            x = step(x, mean, m2)
-            continue
-        center, scale, shift = (None, None, None) if step.norm is None else vectors(step.norm, x, mean, m2)
-        norm = None if following is None or isinstance(following, nn.Module) else following.norm
-        w_pw = step.pointwise.weight
-        if isinstance(following, _Pooled):
-            w_pw = w_pw * following.sign(w_pw).view(-1, 1, 1, 1)
-        x, mean, m2 = separable_block(
-            x,
-            center,
-            scale,
-            shift,
-            step.relu,
-            step.depthwise.weight,
-            w_pw,
-            step.depthwise.stride,
-            step.depthwise.padding,
-            step.depthwise.dilation,
-            step.activation,
-            statistics=norm is not None and takes_statistics(norm),
-        )
+        else:
+            sums = False
+    projection = _projection(shortcut, x) if sums and shortcut is not None else None
+    load = _Load(x)
+    if before and projection is not None and isinstance(steps[0], _Fused) and _is_norm_and_relu(before):
+        load = _loaded(before, x)
+    else:
+        load = _Load(_called(before, x))
+    main = _run(steps, load)
+    if shortcut is None:
+        return main.made()
+    if projection is not None:
+        return main.made(projection.branch(load))
+    skip = _called(shortcut, load.x)
+    return main.made(Branch(skip)) if sums else main.made() + skip
+
+
+def _called(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
     return x
 
 
-def _in_one_go(steps: Iterable[nn.Module | _Fused | _Pooled], x: Tensor) -> bool:
+def _in_one_go(steps: Iterable[_Step], x: Tensor) -> bool:
     """Whether the backend of ``x`` has kernels for the first block of ``steps``, and for its gradients."""
     first = next((step for step in steps if isinstance(step, _Fused)), None)
     return first is not None and has_block_kernels(
@@ -102,6 +122,28 @@ def _in_one_go(steps: Iterable[nn.Module | _Fused | _Pooled], x: Tensor) -> bool
     )
 
 
+class _Load(NamedTuple):
+    """A tensor, and the function that is applied as it is loaded."""
+
+    x: Tensor
+    center: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    relu: bool = False
+
+
+def _is_norm_and_relu(layers: list[nn.Module]) -> bool:
+    return len(layers) == 2 and is_any(layers[0], KINDS) and is_exactly(layers[1], nn.ReLU)
+
+
+def _loaded(layers: list[nn.Module], x: Tensor) -> _Load:
+    """A BatchNorm and a ReLU as a function on load."""
+    norm: Any = layers[0]
+    y, mean, m2 = with_moments(x) if takes_statistics(norm) else (x, None, None)
+    center, scale, shift = vectors(norm, x, mean, m2)
+    return _Load(y, center, scale, shift, True)
+
+
 class _Fused(NamedTuple):
     """A separable convolution and what it applies on load."""
 
@@ -112,15 +154,15 @@ class _Fused(NamedTuple):
     pointwise: nn.Conv2d
 
 
-class _Pooled(NamedTuple):
-    """BatchNorm of what a separable convolution makes, and a max-pool after it.
+class _Applied(NamedTuple):
+    """BatchNorm of what a separable convolution makes, and a max-pool after it or None, ahead of anything else.
 
     The largest number of a window stays the largest in a BatchNorm, or becomes the smallest where its weight is
     negative: those channels are made with the other sign, as is their ``mean``.
     """
 
     norm: Any
-    pool: nn.Module
+    pool: Any
 
     def sign(self, like: Tensor) -> Tensor:
         """1 or -1 per channel."""
@@ -128,28 +170,124 @@ class _Pooled(NamedTuple):
             return like.new_ones(self.norm.num_features)
         return torch.where(self.norm.weight.detach() < 0, -1.0, 1.0).to(like.dtype)
 
-    def __call__(self, y: Tensor, mean: Tensor | None, m2: Tensor | None) -> Tensor:
+    def branch(self, y: Tensor, mean: Tensor | None, m2: Tensor | None) -> Branch:
+        if self.pool is None:
+            return Branch(y, *vectors(self.norm, y, mean, m2))
         sign = self.sign(y).to(vector_dtype(y))
         center, scale, shift = vectors(self.norm, y, None if mean is None else mean * sign, m2)
-        return apply_vectors(self.pool(y), center * sign, scale * sign, shift)
+        return Branch(y, center * sign, scale * sign, shift)
+
+    def windows(self, y: Tensor) -> Pool:
+        if self.pool is None:
+            return NO_POOL
+        if isinstance(self.pool, MaxPoolSame):
+            return Pool(*self.pool.windows(y))
+        pool = self.pool
+        return Pool(_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding), pool.ceil_mode)
 
 
-def _steps(layers: list[nn.Module]) -> list[nn.Module | _Fused | _Pooled]:
-    steps: list[nn.Module | _Fused | _Pooled] = []
+_Step = Union[nn.Module, _Fused, _Applied]
+
+
+class _Made(NamedTuple):
+    """What steps made of a tensor; its last BatchNorm and max-pool may be left to be applied."""
+
+    main: Branch
+    pool: Pool = NO_POOL
+
+    def made(self, skip: Branch | None = None) -> Tensor:
+        """With them applied, plus ``skip``."""
+        if self.main.scale is not None:
+            return residual_sum(self.main, skip, self.pool)
+        if skip is None:
+            return self.main.y
+        return self.main.y + (skip.y if skip.scale is None else residual_sum(skip))
+
+
+def _run(steps: Sequence[_Step], load: _Load) -> _Made:
+    """Only a separable convolution can be the first of ``steps`` where there is a function to be applied."""
+    mean = m2 = None
+    made = _Made(Branch(load.x))
+    for step, following in zip(steps, (*steps[1:], None)):
+        if isinstance(step, _Applied):
+            made = _Made(step.branch(made.main.y, mean, m2), step.windows(made.main.y))
+            continue
+        x = made.made()
+        if isinstance(step, nn.Module):
+            made = _Made(Branch(step(x)))
+            continue
+        if step.norm is not None:
+            load = _Load(x, *vectors(step.norm, x, mean, m2))
+        elif step is not steps[0]:
+            load = _Load(x)
+        norm = None if following is None or isinstance(following, nn.Module) else following.norm
+        w_pw = step.pointwise.weight
+        if isinstance(following, _Applied) and following.pool is not None:
+            w_pw = w_pw * following.sign(w_pw).view(-1, 1, 1, 1)
+        y, mean, m2 = separable_block(
+            *load[:4],
+            load.relu or step.relu,
+            step.depthwise.weight,
+            w_pw,
+            step.depthwise.stride,
+            step.depthwise.padding,
+            step.depthwise.dilation,
+            step.activation,
+            statistics=norm is not None and takes_statistics(norm),
+        )
+        made = _Made(Branch(y))
+    return made
+
+
+class _Projection(NamedTuple):
+    """The other branch of a residual module: a pointwise convolution and a BatchNorm, which is left to be applied.
+
+    The convolution is a separable one, whose filters are a pixel, so it makes the statistics.
+    """
+
+    filters: Tensor
+    convolution: Any
+    norm: Any
+
+    def branch(self, load: _Load) -> Branch:
+        w, stride = self.convolution.weight, self.convolution.stride
+        statistics = takes_statistics(self.norm)
+        y, mean, m2 = separable_block(*load, self.filters, w, stride, statistics=statistics)
+        return Branch(y, *vectors(self.norm, y, mean, m2))
+
+
+def _projection(layers: Iterable[nn.Module], x: Tensor) -> _Projection | None:
+    """Layers that are one, if the backend of ``x`` has kernels for it."""
+    layers = list(layers)
+    if len(layers) != 2 or not _is_pointwise(layers[0]) or not is_any(layers[1], KINDS):
+        return None
+    convolution: Any = layers[0]
+    filters = x.new_ones(x.shape[1], 1, 1, 1)
+    supported = has_block_kernels(x, filters, convolution.weight, convolution.stride, 0, 1, None)
+    return _Projection(filters, convolution, layers[1]) if supported else None
+
+
+def _steps(layers: list[nn.Module], sums: bool) -> list[_Step]:
+    """``sums``: a BatchNorm without a pool after it is applied by a kernel, too."""
+    steps: list[_Step] = []
     position = 0
     while position < len(layers):
         end = position
         norm: Any = layers[end] if steps and isinstance(steps[-1], _Fused) and is_any(layers[end], KINDS) else None
         end += norm is not None
         if norm is not None and end < len(layers) and _is_pool(layers[end]):
-            steps.append(_Pooled(norm, layers[end]))
+            steps.append(_Applied(norm, layers[end]))
             position = end + 1
             continue
         relu = end < len(layers) and is_exactly(layers[end], nn.ReLU)
         end += relu
         separable = _separable(layers[end]) if end < len(layers) else None
-        steps.append(layers[position] if separable is None else _Fused(norm, relu, *separable))
-        position = position + 1 if separable is None else end + 1
+        if separable is not None:
+            steps.append(_Fused(norm, relu, *separable))
+            position = end + 1
+            continue
+        steps.append(layers[position] if norm is None or not sums else _Applied(norm, None))
+        position += 1
     return steps
 
 
@@ -163,16 +301,29 @@ def _separable(layer: nn.Module) -> tuple[DepthwiseConv2d, Activation, nn.Conv2d
         and (depthwise.bias, depthwise.padding_mode) == (None, "zeros")
         and is_any(activation, _ACTIVATIONS)
         and getattr(activation, "alpha", 1) == 1
-        and is_exactly(pointwise, nn.Conv2d)
-        and (pointwise.bias, pointwise.kernel_size, pointwise.groups) == (None, (1, 1), 1)
-        and (pointwise.stride, pointwise.padding) == ((1, 1), (0, 0))
+        and _is_pointwise(pointwise)
+        and pointwise.stride == (1, 1)
     )
     return (depthwise, _ACTIVATIONS[type(activation)], pointwise) if fits else None
 
 
+def _is_pointwise(layer: Any) -> bool:
+    return (
+        is_exactly(layer, nn.Conv2d)
+        and (layer.bias, layer.kernel_size, layer.groups) == (None, (1, 1), 1)
+        and layer.padding == (0, 0)
+    )
+
+
 def _is_pool(layer: Any) -> bool:
-    """Whether a max-pool's windows each give a number."""
-    return is_exactly(layer, MaxPoolSame) or (is_exactly(layer, nn.MaxPool2d) and not layer.return_indices)
+    """Whether a layer is a max-pool that is known here, and its windows each give a number."""
+    return is_exactly(layer, MaxPoolSame) or (
+        is_exactly(layer, nn.MaxPool2d) and not layer.return_indices and _pair(layer.dilation) == (1, 1)
+    )
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def is_exactly(module: nn.Module, kind: type) -> bool:

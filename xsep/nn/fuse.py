@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..ops import separable_block_inference
-from .block import FusedSequential, FusedWhereSupported, is_any, is_exactly
+from .block import FusedSequential, is_any, is_exactly
 from .convert import full_name, listed
 from .layers import DepthwiseConv2d, SeparableConv2d
 from .norm import KINDS
@@ -178,7 +178,7 @@ def _children(module: nn.Module) -> Sequence[str] | None:
     keys: Sequence[str] | None = _SEPARABLE.get(full_name(module))
     if type(module) is SeparableConv2d:
         keys = "depthwise", "activation", "pointwise"
-    if type(module).forward in (nn.Sequential.forward, FusedSequential.forward, FusedWhereSupported.forward):
+    if type(module).forward in (nn.Sequential.forward, FusedSequential.forward):
         keys = list(module._modules)
     return keys if keys is not None and all(isinstance(getattr(module, key), nn.Module) for key in keys) else None
 

@@ -256,5 +256,10 @@ class MaxPoolSame(nn.Module):
     """3x3 max-pool of stride 2 with TensorFlow's SAME: (N, C, H, W) → (N, C, ceil(H/2), ceil(W/2))."""
 
     def forward(self, x: Tensor) -> Tensor:
+        window, stride, padding, ceil_mode = self.windows(x)
+        return F.max_pool2d(x, window, stride, padding, ceil_mode=ceil_mode)
+
+    def windows(self, x: Tensor) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], bool]:
+        """``F.max_pool2d``'s kernel_size, stride, padding and ceil_mode for ``x``."""
         # SAME pads an odd extent by one on both sides and an even one at its end only, which is what ceil_mode adds.
-        return F.max_pool2d(x, 3, 2, padding=(x.shape[2] % 2, x.shape[3] % 2), ceil_mode=True)
+        return (3, 3), (2, 2), (x.shape[2] % 2, x.shape[3] % 2), True

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops.block import vector_dtype
+from ..ops.problem import vector_dtype
+from ..ops.residual import apply_vectors
 
 
 def takes_statistics(norm: Any) -> bool:
@@ -38,13 +39,6 @@ def vectors(norm: Any, y: Tensor, mean: Tensor | None, m2: Tensor | None):
         mean, var = norm.running_mean, norm.running_var.to(vector_dtype(y))
     scale = torch.rsqrt(var + norm.eps)
     return mean, scale if norm.weight is None else norm.weight * scale, norm.bias
-
-
-def apply_vectors(y: Tensor, center: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """scale * (y - center) + shift per channel, of y's dtype."""
-    sizes = [-1 if axis == 1 else 1 for axis in range(y.dim())]
-    normalized = (y.to(vector_dtype(y)) - center.view(sizes)) * scale.view(sizes)
-    return (normalized if shift is None else normalized + shift.view(sizes)).to(y.dtype)
 
 
 def _at_least_1(count: int | Tensor):

@@ -22,8 +22,17 @@ from torch import Tensor
 
 from .._compat import disable_autocast, register_autograd, register_fake, register_flop_formula
 from . import aten, backends
-from .library import GEOMETRY, flops, implement, lib, ops, problem_of, register_autocast
-from .problem import BlockProblem, check_same, check_sizes, is_nhwc, memory_format, output_sizes
+from .library import (
+    GEOMETRY,
+    differentiable_gradients,
+    flops,
+    implement,
+    lib,
+    ops,
+    problem_of,
+    register_autocast,
+)
+from .problem import BlockProblem, check_same, check_sizes, is_nhwc, memory_format, output_sizes, vector_dtype
 
 _PART_ELEMENTS = 1 << 22  # of y that are widened to the vectors' dtype at a time
 
@@ -37,11 +46,6 @@ lib.define(
     f"Tensor x, Tensor w_dw, Tensor w_pw, {_VECTORS}, str? activation, {GEOMETRY}) "
     "-> (Tensor dx, Tensor dw_dw, Tensor dw_pw, Tensor dcenter, Tensor dscale, Tensor dshift)"
 )
-
-
-def vector_dtype(t: Tensor) -> torch.dtype:
-    """The dtype of the vectors that go with a tensor."""
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 def compose(x, w_dw, w_pw, center, scale, shift, relu, activation, stride, pad, dilation, statistics):
@@ -68,7 +72,7 @@ def _block(x, w_dw, w_pw, center, scale, shift, relu, activation, stride, pad, d
         return chosen.block(b, x, w_dw, w_pw, on_load, statistics)
     z = chosen.fprop(p, x, w_dw, None, on_load)
     y = F.conv2d(_activated(z, activation), _pointwise(w_pw)).contiguous(memory_format=p.memory_format)
-    return (y, *(_statistics(y) if statistics else (_no_vector(x), _no_vector(x))))
+    return (y, *(statistics_of(y) if statistics else (_no_vector(x), _no_vector(x))))
 
 
 def _block_backward(
@@ -183,7 +187,7 @@ def _parts(*tensors: Tensor):
     return zip(*(t.split(images) for t in tensors)) if N else ()
 
 
-def _statistics(y: Tensor) -> tuple[Tensor, Tensor]:
+def statistics_of(y: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations per channel; zeros for an empty batch.
 
     The deviations are summed about the mean as it comes out first: what they sum to corrects its rounding.
@@ -241,22 +245,13 @@ def _backward(ctx, *gradients):
         return (None,) * len(ctx.needs_input_grad)
     if torch.is_grad_enabled():  # derivatives of the gradients are wanted
         with disable_autocast():
-            found = _differentiable_gradients(ctx, tensors, gradients)
+            options = *ctx.options, ctx.statistics
+            needs = ctx.needs_input_grad
+            found = differentiable_gradients(lambda *t: compose(*t, *options), tensors, needs, gradients)
     else:
         found = ops.block_backward(*gradients, y, mean, *tensors, *ctx.options)
     needed = (g if need else None for g, need in zip(found, ctx.needs_input_grad))
     return (*needed, *(None,) * (len(ctx.options) + 1))
-
-
-def _differentiable_gradients(ctx, tensors, gradients):
-    """The gradients as functions that torch can differentiate: those of ``compose``."""
-    # Of aliases, since a tensor may be a function of another: center is often one of x.
-    aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
-    outputs = compose(*aliases, *(*ctx.options, ctx.statistics))
-    outputs, gradients = zip(*((output, g) for output, g in zip(outputs, gradients) if g is not None))
-    wanted = [t for t, need in zip(aliases, ctx.needs_input_grad) if need]
-    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
-    return [next(found) if need else None for need in ctx.needs_input_grad[: len(aliases)]]
 
 
 def _no_derivative(ctx, *gradients):

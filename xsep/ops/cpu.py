@@ -13,13 +13,12 @@ from torch.utils.dlpack import from_dlpack
 
 from .._compat import fills_memory, itemsize
 from .compiled import CHECKOUT, DTYPES, FPROP, CompiledBackend, arguments, load, prepared, readable
-from .problem import BlockProblem, Problem
+from .problem import BlockProblem, Problem, vector_dtype
 
 _C, _import_error = load("_C", CHECKOUT)
 _RECYCLED_BYTES = 1 << 20
 _held = threading.local()
 _CLAMPS = {None: (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}  # activations of the kernels
-_IMAGES = ("x", "dy", "y_made", "residual")  # what kernels read in place, by its strides
 
 
 class CpuBackend(CompiledBackend):
@@ -45,23 +44,24 @@ class CpuBackend(CompiledBackend):
         return None
 
     def block(self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load, statistics: bool):
-        y, vector = self._empty_y(b, x), torch.float64 if x.dtype == torch.float64 else torch.float32
-        mean, m2 = (x.new_empty(b.K if statistics else 0, dtype=vector) for _ in range(2))
+        y = self._empty_y(b, x)
+        mean, m2 = (x.new_empty(b.K if statistics else 0, dtype=vector_dtype(x)) for _ in range(2))
         made = dict(y=y, mean=mean, m2=m2) if statistics else dict(y=y)
-        _run_block(b, on_load, dict(x=x, w=w_dw, w_pw=w_pw), made, statistics=statistics)
+        _run_block(b, on_load, dict(x=x), dict(w=w_dw, w_pw=w_pw), made, statistics=statistics)
         return y, mean, m2
 
     def block_backward(self, b: BlockProblem, dy, dmean, dm2, y, mean, x: Tensor, w_dw: Tensor, w_pw: Tensor, on_load):
         statistics = dmean is not None or dm2 is not None
-        read = dict(x=x, w=w_dw, w_pw=w_pw, dy=dy)
+        images, read = dict(x=x, dy=dy), dict(w=w_dw, w_pw=w_pw)
         if statistics:
-            read.update(y_made=y, mean_made=mean)
+            images.update(y_made=y)
+            read.update(mean_made=mean)
             read.update(dmean=torch.zeros_like(mean) if dmean is None else dmean)
             read.update(dm2=torch.zeros_like(mean) if dm2 is None else dm2)
         dx, dw_dw, dw_pw = self._empty(b.depthwise.x, b.depthwise, x), x.new_empty(w_dw.shape), x.new_empty(w_pw.shape)
         sums = (None, None) if on_load is None else (torch.empty_like(on_load[0]), torch.empty_like(on_load[0]))
         made = dict(dx=dx, dw=dw_dw, dw_pw=dw_pw, dscale=sums[0], dshift=sums[1])
-        _run_block(b, on_load, read, made, backward=True, statistics=statistics)
+        _run_block(b, on_load, images, read, made, backward=True, statistics=statistics)
         return dx, dw_dw, dw_pw, *sums
 
     def why_not_block_inference(self, b: BlockProblem) -> str | None:
@@ -71,9 +71,40 @@ class CpuBackend(CompiledBackend):
         self, b: BlockProblem, x: Tensor, w_dw: Tensor, w_pw: Tensor, w_dw_bias, bias, residual, out_activation
     ) -> Tensor:
         y, on_load = self._empty_y(b, x), (None, None, None, True) if b.on_load else None
-        read = dict(x=x, w=w_dw, w_pw=w_pw, w_bias=w_dw_bias, bias=bias, residual=residual)
-        _run_block(b, on_load, read, dict(y=y), after=out_activation)
+        read = dict(w=w_dw, w_pw=w_pw, w_bias=w_dw_bias, bias=bias)
+        _run_block(b, on_load, dict(x=x, residual=residual), read, dict(y=y), after=out_activation)
         return y
+
+    def moments(self, p: Problem, y: Tensor) -> tuple[Tensor, Tensor]:
+        mean, m2 = (y.new_empty(y.shape[1], dtype=vector_dtype(y)) for _ in range(2))
+        _run_named(_moments_call(p, torch.get_num_threads()), p, dict(x=y), {}, dict(mean=mean, m2=m2))
+        return mean, m2
+
+    def why_not_residual_sum(self, p: Problem) -> str | None:
+        return None if p.nhwc else "its kernels for residual sums are for channels_last tensors"
+
+    def residual_sum(self, p: Problem, main, skip) -> Tensor:
+        out, call = (
+            self._empty(p.y, p, main.y),
+            _residual_call(False, p, skip.scale is not None, torch.get_num_threads()),
+        )
+        read = dict(center=main.center, scale=main.scale, shift=main.shift)
+        read.update(skip_center=skip.center, skip_scale=skip.scale, skip_shift=skip.shift)
+        _run_named(call, p, dict(y=main.y, skip=skip.y), read, dict(out=out))
+        return out
+
+    def residual_sum_backward(self, p: Problem, dout: Tensor, main, skip) -> tuple[Tensor, ...]:
+        vectors = skip.scale is not None
+        dy, dskip = self._empty(p.x, p, dout), self._empty(p.y, p, dout) if vectors else dout.new_empty(0)
+        dscale, dshift = torch.empty_like(main.scale), torch.empty_like(main.scale)
+        dskip_scale = main.scale.new_empty(p.x[1] if vectors else 0)
+        read = dict(center=main.center, scale=main.scale, skip_center=skip.center, skip_scale=skip.scale)
+        made = dict(dy=dy, dscale=dscale, dshift=dshift)
+        if vectors:
+            made.update(dskip=dskip, dskip_scale=dskip_scale)
+        call = _residual_call(True, p, vectors, torch.get_num_threads())
+        _run_named(call, p, dict(dout=dout, y=main.y, skip=skip.y), read, made)
+        return dy, dscale, dshift, dskip, dskip_scale
 
     def _empty_y(self, b: BlockProblem, x: Tensor) -> Tensor:
         N, _, P, Q = b.depthwise.y
@@ -83,9 +114,8 @@ class CpuBackend(CompiledBackend):
         size = math.prod(sizes) * itemsize(p.dtype)
         if size < _RECYCLED_BYTES or not _C.recycles() or fills_memory():
             return torch.empty(sizes, dtype=p.dtype, memory_format=p.memory_format)
-        N, C, H, W = sizes
-        flat = from_dlpack(_C.recycled(size)).view(p.dtype)
-        return flat.view(N, H, W, C).permute(0, 3, 1, 2) if p.nhwc else flat.view(N, C, H, W)
+        # No view of anything: torch refuses to change a view in place that an operator with a backward has made.
+        return from_dlpack(_C.recycled(DTYPES[p.dtype], sizes, p.nhwc))
 
     def _run(self, pass_: int, p: Problem, out: Tensor, tensors: tuple, relu: bool | None) -> None:
         call = _call(pass_, p, torch.get_num_threads(), relu)
@@ -119,17 +149,33 @@ def _block_call(backward: bool, b: BlockProblem, vectors: bool, relu: bool, afte
     return _C.SeparableCall(backward, shape, b.K, dtype, nhwc, vectors, relu, *clamps, statistics, threads)
 
 
-def _run_block(b: BlockProblem, on_load, read: dict, made: dict, backward=False, statistics=False, after=None) -> None:
-    """Makes a call: tensors by the names of ``SeparableArgs``, None for those it does not have."""
+@lru_cache(maxsize=4096)
+def _moments_call(p: Problem, threads: int):
+    return _C.MomentsCall(p.x, DTYPES[p.dtype], p.nhwc, threads)
+
+
+@lru_cache(maxsize=4096)
+def _residual_call(backward: bool, p: Problem, skip_vectors: bool, threads: int):
+    _, shape, dtype, _, _, _ = prepared(_C, FPROP, p, None)
+    return _C.ResidualSumCall(backward, shape, dtype, skip_vectors, threads)
+
+
+def _run_block(b: BlockProblem, on_load, images, read, made, backward=False, statistics=False, after=None) -> None:
     center, scale, shift, relu = on_load or (None, None, None, False)
     read.update(center=center, scale=scale, shift=shift)
-    for name, t in read.items():
-        if t is not None:
-            read[name] = readable(t, b.depthwise) if name in _IMAGES else t.contiguous()
     call = _block_call(backward, b, center is not None, relu, after, statistics, torch.get_num_threads())
-    places: dict[str, Any] = {name: (t.data_ptr(), t.stride()) for name, t in read.items() if t is not None}
-    places.update({name: place[0] for name, place in places.items() if name not in _IMAGES})
-    places.update({name: t.data_ptr() for name, t in made.items() if t is not None})
+    _run_named(call, b.depthwise, images, read, made)
+
+
+def _run_named(call, p: Problem, images: dict, read: dict, made: dict) -> None:
+    """Makes a call with tensors by the names of its arguments' fields; those it does not have are None.
+
+    ``images`` are read in place where their strides allow it.
+    """
+    images = {name: readable(t, p) for name, t in images.items() if t is not None}
+    read = {name: t.contiguous() for name, t in read.items() if t is not None}
+    places: dict[str, Any] = {name: (t.data_ptr(), t.stride()) for name, t in images.items()}
+    places.update({name: t.data_ptr() for name, t in (*read.items(), *made.items()) if t is not None})
     call(places, _workspace(call.workspace_bytes).data_ptr())
 
 

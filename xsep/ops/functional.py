@@ -11,7 +11,7 @@ from torch import Tensor
 from .._compat import autocast_dtype, is_autocast_enabled, is_compiling
 from . import aten, backends, block, inference, library
 from .geometry import Padding, Size2, pair, resolve_padding
-from .problem import BlockProblem, Problem, is_nhwc
+from .problem import BlockProblem, Problem, is_nhwc, vector_dtype
 
 
 def depthwise_conv2d(
@@ -46,7 +46,7 @@ def depthwise_conv2d(
     """
     batched = _batched(input, "input")
     stride, pad, dilation = _geometry(batched, weight, stride, padding, dilation)
-    fprop = aten.compose if not is_compiling() and _under_transform() else library.fprop
+    fprop = aten.compose if not is_compiling() and library.under_transform() else library.fprop
     y = fprop(batched, weight, bias, stride, pad, dilation)
     return y if batched is input else y.squeeze(0)
 
@@ -124,8 +124,8 @@ def separable_block(
     if input.dim() != 4:
         raise ValueError(f"input must be (N, C, H, W); got shape {tuple(input.shape)}")
     geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
-    center, scale, shift = (v if v is None else v.to(block.vector_dtype(input)) for v in (center, scale, shift))
-    run = block.compose if not is_compiling() and _under_transform() else torch.ops.xsep.block
+    center, scale, shift = (v if v is None else v.to(vector_dtype(input)) for v in (center, scale, shift))
+    run = block.compose if not is_compiling() and library.under_transform() else torch.ops.xsep.block
     tensors = input, depthwise_weight, pointwise_weight, center, scale, shift
     y, mean, m2 = run(*tensors, relu, activation, *geometry, statistics)
     return (y, mean, m2) if statistics else (y, None, None)
@@ -191,7 +191,9 @@ def separable_block_inference(
                     "torch.no_grad(), or separable_block to train"
                 )
     geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
-    run: Callable = inference.compose if not is_compiling() and _under_transform() else torch.ops.xsep.block_inference
+    run: Callable = (
+        inference.compose if not is_compiling() and library.under_transform() else torch.ops.xsep.block_inference
+    )
     return run(*tensors.values(), relu, activation, out_activation, *geometry)
 
 
@@ -266,8 +268,3 @@ def _geometry(
         raise ValueError(f"{name} must be (C*M, 1, R, S); got shape {tuple(weight.shape)}")
     strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     return strides, resolve_padding(padding, x.shape[2:], weight.shape[2:], strides, dilations), dilations
-
-
-def _under_transform() -> bool:
-    # register_autograd operators fail under torch.func.grad and answer jvp with a silent zero.
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

@@ -14,7 +14,7 @@ dgrad.
 from __future__ import annotations
 
 from functools import partial
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -104,6 +104,11 @@ implement("fprop", _fprop)
 implement("dgrad", _dgrad)
 implement("wgrad", _wgrad)
 implement("dgrad_wgrad", _dgrad_wgrad)
+
+
+def under_transform() -> bool:
+    # register_autograd operators fail under torch.func.grad and answer jvp with a silent zero.
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def _watched(*arguments) -> bool:
@@ -242,6 +247,21 @@ register_autograd("xsep::fprop", _fprop_backward, setup_context=_keep(2), lib=li
 register_autograd("xsep::dgrad", _dgrad_backward, setup_context=_keep(2), lib=lib)
 register_autograd("xsep::wgrad", _wgrad_backward, setup_context=_keep(2), lib=lib)
 register_autograd("xsep::dgrad_wgrad", _dgrad_wgrad_backward, setup_context=_keep(3), lib=lib)
+
+
+def differentiable_gradients(compose: Callable, tensors, needs, gradients) -> list[Tensor | None]:
+    """The gradients of an operator as functions that torch can differentiate: those of ``compose(*tensors)``.
+
+    Of ``tensors``, some of which may be None, those that ``needs`` says; ``gradients`` are those of what is composed.
+    """
+    # Of aliases, since a tensor may be a function of another: center is often one of x.
+    aliases: list[Any] = [None if t is None else t.view_as(t) for t in tensors]
+    made = compose(*aliases)
+    outputs = (made,) if isinstance(made, Tensor) else made
+    outputs, gradients = zip(*((output, g) for output, g in zip(outputs, gradients) if g is not None))
+    wanted = [t for t, need in zip(aliases, needs) if need]
+    found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
+    return [next(found) if need else None for need in needs[: len(aliases)]]
 
 
 def _under_autocast(device_type: str, run: Callable, count: int, *arguments):

@@ -92,6 +92,11 @@ def check_sizes(x: Sequence[int], w: Sequence[int], stride, pad, dilation, weigh
     return output_sizes(x, w, stride, pad, dilation)
 
 
+def vector_dtype(t: Tensor) -> torch.dtype:
+    """The dtype of the vectors that go with a tensor."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def check_same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Raises unless two tensors share dtype and device, as ``F.conv2d`` does."""
     if a.dtype != b.dtype:
