@@ -19,7 +19,7 @@ import ctypes
 import gc
 import time
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Callable, Iterator, Sequence
 
 import common
 import photos
@@ -81,11 +81,14 @@ class Run:
             self.model = self.module = xsep.fuse(copy.deepcopy(self.module), report=None)
 
     def train(self) -> None:
+        self.accumulate(self.optimizer.zero_grad)
+        self.optimizer.step()
+
+    def accumulate(self, before_backward: Callable[[], None] = lambda: None) -> None:
         with self.amp:
             loss = F.cross_entropy(self.model(self.x), self.labels)
-        self.optimizer.zero_grad()
+        before_backward()
         loss.backward()
-        self.optimizer.step()
 
     def inference(self) -> None:
         with torch.inference_mode(), self.amp:
@@ -100,31 +103,44 @@ class Run:
         return time.perf_counter() - start
 
     def peak_memory(self, bench: str) -> int | None:
-        """Bytes that a step adds at its peak: allocated (CUDA) or resident (CPU, where Linux tells it)."""
+        """Bytes that a step adds at its peak: allocated (CUDA) or resident (CPU, where Linux tells it).
+
+        Gradients of the parameters are there before: of a training step, activations count.
+        """
         gc.collect()
         xsep.empty_cache()
-        return_freed_memory()
+        step = self.accumulate if bench == "train" else self.inference
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            self.timed(bench)
+            step()
             return torch.cuda.max_memory_allocated() - before
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            before = resident("VmRSS")
-            self.timed(bench)
-            return resident("VmHWM") - before
-        except OSError:
-            self.timed(bench)
-            return None
+        with freed_memory_returned():
+            try:
+                Path("/proc/self/clear_refs").write_text("5")
+                before = resident("VmRSS")
+                step()
+                return resident("VmHWM") - before
+            except OSError:
+                return None
 
 
-def return_freed_memory() -> None:
-    """Has glibc give what it holds of freed memory to the system, where there is glibc."""
+@contextlib.contextmanager
+def freed_memory_returned() -> Iterator[None]:
+    """Has glibc, where there is one, give freed memory to the system: what it held before, and what is freed inside."""
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        libc = ctypes.CDLL("libc.so.6")
+        trim_threshold, mmap_threshold = -1, -3  # of mallopt
+        libc.mallopt(mmap_threshold, 128 << 10)
+        libc.malloc_trim(0)
     except (OSError, AttributeError):
-        pass
+        yield
+        return
+    try:
+        yield
+    finally:  # the largest that glibc itself sets as large tensors are freed
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 64 << 20)
 
 
 def resident(field: str) -> int:

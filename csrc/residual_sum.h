@@ -3,6 +3,8 @@
 //
 //   out = scale * (max_pool(y) - center) + shift + skip_scale * (skip - skip_center) + skip_shift
 //
+// or, without skip, relu(out).
+//
 // y is (N, C, H, W), skip and out are (N, C, P, Q), all NHWC: the channel stride of inputs is 1, their other strides
 // are free.  The pool leaves out what lies beyond y; NaN is larger than any number.  Memory is as in depthwise.h.
 #pragma once
@@ -16,10 +18,11 @@ struct ResidualSumArgs {
   ConvShape shape;  // of the pool, its window the filter: M and dilations 1, pads smaller than the window; or 1x1
   Dtype dtype;
   bool backward;
+  bool relu;  // without skip
   TensorRef y;
   const void* center = nullptr;
   const void* scale = nullptr;
-  const void* shift = nullptr;  // forward
+  const void* shift = nullptr;  // forward, and backward with relu
   TensorRef skip;               // forward: optional.  backward: with its vectors only
   const void* skip_center = nullptr;
   const void* skip_scale = nullptr;

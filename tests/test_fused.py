@@ -6,7 +6,7 @@ import pickle
 import needs
 import pytest
 import torch
-from gradients import assert_all_no_worse_than_torch, results
+from gradients import assert_all_no_worse_than_torch, assert_mostly_no_worse_than_torch, results
 from torch import nn
 
 from xsep import DepthwiseConv2d, SeparableConv2d
@@ -100,17 +100,15 @@ def test_training_agrees(layout, mean, backend, blocks):
 def test_half_precision_agrees(autocast, backend):
     dtype = torch.bfloat16
     kept = torch.float32 if autocast else dtype
-    found: list[list[torch.Tensor]] = [[], [], []]
-    # Of several models: where rounding decides whether a ReLU lets a number pass, one is a matter of luck.
-    for seed in range(4):
+    draws = []
+    for seed in range(5):
         plain, fused = (m.to(backend.device) for m in pair(layers(), kept, seed))
         x = input(kept).to(backend.device)
         with torch.autocast(backend.device, dtype, enabled=autocast):
             mine, yours = results(fused, x), results(plain, x)
         assert mine[0].dtype == yours[0].dtype == dtype
-        for list_, made in zip(found, (mine, yours, results(copy.deepcopy(plain).double(), x.double()))):
-            list_ += made
-    assert_all_no_worse_than_torch(*found, "output and gradients")
+        draws.append([mine, yours, results(copy.deepcopy(plain).double(), x.double())])
+    assert_mostly_no_worse_than_torch(draws, "output and gradients")
 
 
 @pytest.mark.parametrize(
@@ -281,6 +279,11 @@ def projection(in_channels, out_channels, stride=1, **norm):
 # The layers of the branches, and those before both; how many blocks there are, and how many moments.
 MODULES = {
     "identity": (lambda: ([nn.ReLU(), separable(3, 3), nn.BatchNorm2d(3)], [], []), 1, 0),
+    "relu at the end": (
+        lambda: ([separable(3, 6), nn.BatchNorm2d(6), nn.ReLU(inplace=True)], projection(3, 6), []),
+        2,
+        0,
+    ),
     "no norm at the end": (lambda: ([separable(3, 3)], [], []), 1, 0),
     "projection": (lambda: ([separable(3, 6), nn.BatchNorm2d(6)], projection(3, 6), []), 2, 0),
     "projection, no norm at the end": (lambda: ([separable(3, 6)], projection(3, 6), []), 2, 0),
@@ -411,6 +414,32 @@ def test_residual_modules_agree(name, dtype):
     assert_all_no_worse_than_torch(*found, "output and gradients")
     statistics = [[b for b in model.buffers() if b.is_floating_point()] for model in (fused, plain, exact)]
     assert_all_no_worse_than_torch(*statistics, "running statistics")
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("train", [True, False])
+def test_norm_and_relu(train, layout, moments):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True)).double().train(train)
+    nn.init.normal_(plain[0].weight)
+    fused = copy.deepcopy(plain)
+    x = input(torch.float64, layout=layout, mean=1)
+    found = [
+        [t.detach() if i == 0 else t for i, t in enumerate(made)]
+        for made in (results(Run(fused), x), results(plain, x))
+    ]
+    torch.testing.assert_close(*found)
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict())
+    assert len(moments) == (train and layout is torch.channels_last)
+
+
+class Run(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x):
+        return block.run_norm_and_relu(list(self.layers), x * 1)
 
 
 def test_a_result_may_be_changed_in_place():

@@ -62,6 +62,7 @@ def sums(draw):
         skip=draw(st.sampled_from([None, "plain", "vectors"])),
         skip_layout=draw(st.sampled_from(LAYOUTS)),
         ties=draw(st.booleans()),
+        relu=draw(st.booleans()),
         threads=draw(st.sampled_from([1, 2, 3])),
     )
 
@@ -81,8 +82,8 @@ def drawn_inputs(drawn, dtype):
     return tensors, sliced(sizes, dtype, NHWC, 9)
 
 
-def as_modules(pool, y, center, scale, shift, skip, skip_center, skip_scale, skip_shift):
-    """A max-pool, a BatchNorm of each branch, which rounds, and a sum."""
+def as_modules(pool, relu, y, center, scale, shift, skip, skip_center, skip_scale, skip_shift):
+    """A max-pool, a BatchNorm of each branch, which rounds, and a sum or a ReLU."""
 
     def normalized(t, center, scale, shift):
         center, scale, shift = (None if v is None else v.view(-1, 1, 1) for v in (center, scale, shift))
@@ -93,7 +94,7 @@ def as_modules(pool, y, center, scale, shift, skip, skip_center, skip_scale, ski
         y = F.max_pool2d(y, *pool[:3], ceil_mode=pool.ceil_mode)
     out = normalized(y, center, scale, shift)
     if skip is None:
-        return out
+        return F.relu(out) if relu else out
     return out + (skip if skip_scale is None else normalized(skip, skip_center, skip_scale, skip_shift))
 
 
@@ -112,10 +113,11 @@ def test_sums_agree_with_torch(dtype, isa, threads, kernels_only):
         tensors, dout = drawn_inputs(drawn, dtype)
 
         def ours(*t):
-            return residual_sum(Branch(*t[:4]), None if t[4] is None else Branch(*t[4:]), drawn.pool)
+            relu = drawn.relu and t[4] is None
+            return residual_sum(Branch(*t[:4]), None if t[4] is None else Branch(*t[4:]), drawn.pool, relu)
 
         def theirs(*t):
-            return as_modules(drawn.pool, *t)
+            return as_modules(drawn.pool, drawn.relu, *t)
 
         exact = with_gradients(theirs, [t if t is None else t.double() for t in tensors], dout.double())
         found = [with_gradients(ours, tensors, dout), with_gradients(theirs, tensors, dout)]
@@ -137,14 +139,14 @@ def example(dtype=torch.float64, C=5, plain=False, ties=False):
     return [None if t is None else t.clone(memory_format=torch.preserve_format) for t in tensors], dout
 
 
-@pytest.mark.parametrize("plain", [False, True])
-def test_derivatives(plain):
-    tensors, _ = example(C=2, plain=plain)
-    leaves = [t.requires_grad_() for t in tensors if t is not None]
+@pytest.mark.parametrize("skip", [None, "plain", "vectors"])
+def test_derivatives(skip):
+    tensors, _ = example(C=2, plain=skip == "plain")
+    leaves = [t.requires_grad_() for t in tensors[: 4 if skip is None else 8] if t is not None]
 
     def run(*t):
         t = [*t, *(None,) * (8 - len(t))]
-        return residual_sum(Branch(*t[:4]), Branch(*t[4:]), SAME)
+        return residual_sum(Branch(*t[:4]), None if skip is None else Branch(*t[4:]), SAME, skip is None)
 
     assert torch.autograd.gradcheck(run, leaves)
     assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
@@ -154,11 +156,13 @@ def test_derivatives(plain):
 def test_opcheck():
     tensors, dout = example(torch.float32, C=8)
     leaves = [t.requires_grad_() for t in tensors]
-    y, center, scale, _, skip, skip_center, skip_scale, _ = (t.detach() for t in tensors)
+    *main, skip, skip_center, skip_scale, _ = (t.detach() for t in tensors)
+    y = main[0]
     calls = [
-        (ops.residual_sum, (*leaves, *SAME)),
-        (ops.residual_sum_backward, (dout, y, center, scale, skip, skip_center, skip_scale, *SAME)),
-        (ops.residual_sum_backward, (dout, y, center, scale, None, None, None, *SAME)),
+        (ops.residual_sum, (*leaves, *SAME, False)),
+        (ops.residual_sum, (*leaves[:4], None, None, None, None, *SAME, True)),
+        (ops.residual_sum_backward, (dout, *main, skip, skip_center, skip_scale, *SAME, False)),
+        (ops.residual_sum_backward, (dout, *main, None, None, None, *SAME, True)),
         (ops.moments, (leaves[0],)),
         (ops.moments, (y.contiguous(),)),
     ]
@@ -202,12 +206,13 @@ def test_slices_are_read_in_place():
         ),
         torch.float32,
     )
-    y, center, scale, _, skip, skip_center, skip_scale, _ = tensors
+    *main, skip, skip_center, skip_scale, _ = tensors
+    y = main[0]
     assert not y.is_contiguous(memory_format=NHWC)
-    assert clones(lambda: ops.residual_sum(*tensors, *SAME)) == 0
+    assert clones(lambda: ops.residual_sum(*tensors, *SAME, False)) == 0
     dense_dout = dout.contiguous(memory_format=NHWC)
-    backward = dense_dout, y, center, scale, skip, skip_center, skip_scale
-    assert clones(lambda: ops.residual_sum_backward(*backward, *SAME)) == 0
+    backward = dense_dout, *main, skip, skip_center, skip_scale
+    assert clones(lambda: ops.residual_sum_backward(*backward, *SAME, False)) == 0
     assert clones(lambda: ops.moments(y)) == 0
 
 
@@ -229,11 +234,11 @@ def test_elsewhere_it_is_composed(layout, monkeypatch):
     monkeypatch.setattr(residual, "compose", lambda *arguments: calls.append(1) or compose(*arguments))
     y = tensors[0].contiguous(memory_format=layout)
     out = residual_sum(Branch(y, *tensors[1:4]), Branch(*tensors[4:]), SAME)
-    torch.testing.assert_close(out, as_modules(SAME, *tensors))
+    torch.testing.assert_close(out, as_modules(SAME, False, *tensors))
     assert len(calls) == (layout is torch.contiguous_format)
     if calls:
         with pytest.raises(RuntimeError, match="no kernel.*channels_last"):
-            ops.residual_sum(y, *tensors[1:], *SAME)
+            ops.residual_sum(y, *tensors[1:], *SAME, False)
 
 
 @pytest.mark.parametrize(
@@ -243,16 +248,19 @@ def test_elsewhere_it_is_composed(layout, monkeypatch):
         (dict(center=torch.zeros(4)), ValueError, r"center must have shape \(5,\); got \(4,\)"),
         (dict(skip=torch.zeros(2, 5, 4, 3)), ValueError, r"skip must have shape \(2, 5, 4, 4\); got \(2, 5, 4, 3\)"),
         (dict(skip_scale=torch.zeros(6)), ValueError, r"skip_scale must have shape \(5,\); got \(6,\)"),
+        (dict(skip_center=None), ValueError, "skip_center and skip_scale go together"),
+        (dict(relu=True), ValueError, "relu must be False with skip"),
+        (dict(skip=None), ValueError, "only with skip"),
         (dict(pool=Pool((3, 3), (2, 2), (2, 1))), ValueError, r"padding.*half.*\(3, 3\); got \(2, 1\)"),
     ],
 )
 def test_what_does_not_fit_is_named(change, error, message):
     tensors, _ = example(torch.float32)
     names = "y", "center", "scale", "shift", "skip", "skip_center", "skip_scale", "skip_shift"
-    named = {**dict(zip(names, tensors)), "pool": SAME, **change}
-    pool = named.pop("pool")
+    named = {**dict(zip(names, tensors)), "pool": SAME, "relu": False, **change}
+    pool, relu = named.pop("pool"), named.pop("relu")
     with pytest.raises(error, match=message):
-        residual_sum(Branch(*list(named.values())[:4]), Branch(*list(named.values())[4:]), pool)
+        residual_sum(Branch(*list(named.values())[:4]), Branch(*list(named.values())[4:]), pool, relu)
 
 
 def in_torch(x):

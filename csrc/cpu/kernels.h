@@ -131,6 +131,7 @@ struct ResidualRow {
   Pixels y;  // first_row: of the window; first_col: of the first window
   int tap_rows, tap_cols;
   int cols, channels;
+  bool relu;
   const A *center, *scale, *shift;
   const void* skip;  // null: none
   ptrdiff_t skip_pixel;
@@ -142,15 +143,18 @@ struct ResidualRow {
 // Its gradients.  What is null is not wanted.
 template <class A>
 struct ResidualRowGrad {
-  ResidualRow<A> row;  // out, shift and skip_shift are not used; skip is null where it has no vectors
+  ResidualRow<A> row;  // out and skip_shift are not used, shift with relu; skip is null where it has no vectors
   const void* dout;
   ptrdiff_t dout_pixel;
-  A* choice;    // [cols][channels]: which tap of its window was the largest; or null, where a window is one pixel:
-  void* dy;     // a row of dy
-  void* dskip;  // and one of dskip, as dense as out
+  A* choice;  // [cols][channels]: which tap of its window was the largest, or kNoTap where the ReLU gave zero; or null,
+              // where a window is one pixel:
+  void* dy;   // a row of dy
+  void* dskip;                       // and one of dskip, as dense as out
   A *dshift, *dscale, *dskip_scale;  // added to; [channels]
   A* sums;                           // memory for those of the row: short sums are exact
 };
+
+constexpr int kNoTap = -1;
 
 // A row of dy: each pixel gets dout of the windows that chose it.  Row p of `choice` is p % choice_rows.
 template <class A>

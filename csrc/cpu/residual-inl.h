@@ -71,7 +71,7 @@ void residual_row(const ResidualRow<acc_t<T>>& p) {
           sum += p.skip_scale ? load<n>(p.skip_scale + c) * (s - load<n>(p.skip_center + c)) + load<n>(p.skip_shift + c)
                               : s;
         }
-        store<n>(out + c, sum);
+        store<n>(out + c, p.relu ? relu<n, A>(sum) : sum);
       }
     });
   }
@@ -100,7 +100,12 @@ void residual_row_grad(const ResidualRowGrad<acc_t<T>>& g) {
 #pragma GCC unroll 4
       for (int i = 0; i < v; ++i) {
         const int c = first + i * n;
-        const vec<A, n> given = load<n>(dout + c);
+        vec<A, n> given = load<n>(dout + c);
+        if (p.relu) {
+          const vec<A, n> sum = load<n>(p.scale + c) * (most[i] - load<n>(p.center + c)) + load<n>(p.shift + c);
+          given = sum <= A{0} ? vec<A, n>{} : given;
+          taps[i] = sum <= A{0} ? broadcast<n>(A{kNoTap}) : taps[i];
+        }
         if (g.choice) store<n>(g.choice + at + c, taps[i]);
         if (g.dy) store<n>(static_cast<T*>(g.dy) + at + c, load<n>(p.scale + c) * given);
         if (!g.dshift) continue;

@@ -100,6 +100,7 @@ class ResidualSum {
             s_.S,
             s_.Q(),
             s_.C,
+            args_.relu,
             vector(args_.center),
             vector(args_.scale),
             vector(args_.shift),
@@ -175,6 +176,7 @@ void check(const ResidualSumArgs& args) {
   const auto require = [](bool fits, const std::string& rule) {
     if (!fits) throw std::invalid_argument("a max-pool's " + rule);
   };
+  if (args.relu && args.skip.data) throw std::invalid_argument("a residual sum with skip has no relu");
   require(s.M == 1 && s.dilation_h == 1 && s.dilation_w == 1, "multiplier and dilations must be 1");
   require(std::max(s.pad_top, s.pad_bottom) < s.R && std::max(s.pad_left, s.pad_right) < s.S,
           "pads must be smaller than its window");

@@ -109,8 +109,8 @@ PYBIND11_MODULE(XSEP_MODULE, m) {
       .def("__call__", &SeparableCall::operator(), py::arg("tensors"), py::arg("workspace"));
 
   py::class_<ResidualSumCall>(m, "ResidualSumCall", py::module_local())
-      .def(py::init<bool, const ConvShape&, int, bool, int>(), py::arg("backward"), py::arg("shape"), py::arg("dtype"),
-           py::arg("skip_vectors"), py::arg("threads"))
+      .def(py::init<bool, const ConvShape&, int, bool, bool, int>(), py::arg("backward"), py::arg("shape"),
+           py::arg("dtype"), py::arg("skip_vectors"), py::arg("relu"), py::arg("threads"))
       .def_readonly("workspace_bytes", &ResidualSumCall::workspace_bytes)
       .def("__call__", &ResidualSumCall::operator(), py::arg("tensors"), py::arg("workspace"));
 

@@ -9,10 +9,11 @@ namespace xsep {
 class ResidualSumCall {
  public:
   // `skip_vectors`: the other branch has center, scale and shift of its own.
-  ResidualSumCall(bool backward, const ConvShape& shape, int dtype, bool skip_vectors, int threads)
+  ResidualSumCall(bool backward, const ConvShape& shape, int dtype, bool skip_vectors, bool relu, int threads)
       : skip_vectors_(skip_vectors) {
     args_.backward = backward;
     args_.shape = shape;
+    args_.relu = relu;
     args_.dtype = static_cast<Dtype>(dtype);
     with_dtype(args_.dtype, [](auto) {});
     args_.threads = checked_threads(threads);
@@ -45,6 +46,7 @@ class ResidualSumCall {
                       "dout, dy, dscale and dshift");
       require_tensors(!skip_vectors_ || (call.dskip_scale && (empty || call.dskip)), "dskip and dskip_scale");
       require_tensors(skip_vectors_ || !call.skip.data, "no skip without its vectors");
+      require_tensors(!call.relu || call.shift, "shift");
     } else {
       require_tensors(call.shift && (empty || call.out) && (!skip_vectors_ || call.skip_shift),
                       "out, shift and skip_shift");

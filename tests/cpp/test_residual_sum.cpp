@@ -11,7 +11,7 @@ using namespace xsep::cases;
 
 namespace {
 
-enum class Skip { kNone, kPlain, kVectors };
+enum class Skip { kNone, kRelu, kPlain, kVectors };  // without skip, perhaps with a ReLU; with it
 
 // Exactly the bytes asked for, so that the sanitizer guards the workspace too; they start as NaN.
 void run(ResidualSumArgs args) {
@@ -50,9 +50,11 @@ void test(const ConvShape& s, Dtype dtype, Skip kind, int threads, const std::st
         dskip_scale = zeros(s.C);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t c = i / plane % s.C;
-    const double largest = y.values[from[i]], given = dout.values[i];
+    const double largest = y.values[from[i]];
+    double given = dout.values[i];
     add(out, i, scale.values[c] * largest), add(out, i, -scale.values[c] * center.values[c]);
     add(out, i, shift.values[c]);
+    if (kind == Skip::kRelu && out.values[i] <= 0) given = out.values[i] = 0;
     add(dy, from[i], scale.values[c] * given);
     add(dshift, c, given), add(dscale, c, given * (largest - center.values[c]));
     if (kind == Skip::kPlain) add(out, i, skip.values[i]);
@@ -73,7 +75,8 @@ void test(const ConvShape& s, Dtype dtype, Skip kind, int threads, const std::st
   ResidualSumArgs args{};
   args.shape = s, args.dtype = dtype, args.threads = threads, args.y = y_tensor.ref();
   args.center = centers.bytes.data(), args.scale = scales.bytes.data(), args.shift = shifts.bytes.data();
-  if (kind != Skip::kNone) args.skip = skip_tensor.ref();
+  args.relu = kind == Skip::kRelu;
+  if (kind == Skip::kPlain || kind == Skip::kVectors) args.skip = skip_tensor.ref();
   if (kind == Skip::kVectors) {
     args.skip_center = skip_centers.bytes.data(), args.skip_scale = skip_scales.bytes.data();
     args.skip_shift = skip_shifts.bytes.data();
@@ -110,9 +113,10 @@ int main() {
   int turn = 0;
   for (const Named& named : kShapes) {
     if (!is_pool(named.shape)) continue;
+    ++turn;  // another kind for each element type and instruction set
     for (Dtype dtype : kDtypes)
       for (int isa = 0; isa < cpu::isa_count(); ++isa, ++turn) {
-        const Skip kind = turn % 3 == 0 ? Skip::kNone : turn % 3 == 1 ? Skip::kPlain : Skip::kVectors;
+        const Skip kind = static_cast<Skip>(turn % 4);
         cpu::set_isa(isa);
         // The more threads, the more images and rows of windows are cut.
         for (int threads : {1, 2, 5}) {

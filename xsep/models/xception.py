@@ -12,7 +12,7 @@ from typing import Any, Callable, Literal, NamedTuple, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.block import FusedSequential, FusedWhereSupported, is_exactly, run_fused
+from ..nn.block import FusedSequential, FusedWhereSupported, is_exactly, run_fused, run_norm_and_relu
 from ..nn.layers import MaxPoolSame, make_activation, spatial_conv2d
 
 
@@ -234,7 +234,8 @@ class Xception(nn.Module):
 
     def _features(self, x: Tensor, taps: Sequence[int] = ()) -> list[Tensor]:
         """The last feature map, after the activated outputs of the stem (0) and of blocks where ``taps`` names them."""
-        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.conv1(x)
+        x = self.act1(self.bn1(x)) if self.fused is False else run_norm_and_relu((self.bn1, self.act1), x)
         x = self.conv2(x)
         features: list[Tensor] = []
         before: Sequence[nn.Module] = (self.bn2, self.act2)

@@ -132,11 +132,19 @@ class _Load(NamedTuple):
     relu: bool = False
 
 
-def _is_norm_and_relu(layers: list[nn.Module]) -> bool:
+def _is_norm_and_relu(layers: Sequence[nn.Module]) -> bool:
     return len(layers) == 2 and is_any(layers[0], KINDS) and is_exactly(layers[1], nn.ReLU)
 
 
-def _loaded(layers: list[nn.Module], x: Tensor) -> _Load:
+def run_norm_and_relu(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """BatchNorm and ReLU, in one pass after that for the statistics where there are kernels."""
+    if is_compiling() or not _is_norm_and_relu(layers) or not has_residual_kernels(x):
+        return _called(layers, x)
+    load = _loaded(layers, x)
+    return residual_sum(Branch(*load[:4]), relu=True)
+
+
+def _loaded(layers: Sequence[nn.Module], x: Tensor) -> _Load:
     """A BatchNorm and a ReLU as a function on load."""
     norm: Any = layers[0]
     y, mean, m2 = with_moments(x) if takes_statistics(norm) else (x, None, None)
@@ -155,7 +163,7 @@ class _Fused(NamedTuple):
 
 
 class _Applied(NamedTuple):
-    """BatchNorm of what a separable convolution makes, and a max-pool after it or None, ahead of anything else.
+    """BatchNorm of what a separable convolution makes, ahead of anything else: a max-pool after it or None, a ReLU.
 
     The largest number of a window stays the largest in a BatchNorm, or becomes the smallest where its weight is
     negative: those channels are made with the other sign, as is their ``mean``.
@@ -163,6 +171,7 @@ class _Applied(NamedTuple):
 
     norm: Any
     pool: Any
+    relu: bool = False
 
     def sign(self, like: Tensor) -> Tensor:
         """1 or -1 per channel."""
@@ -194,14 +203,16 @@ class _Made(NamedTuple):
 
     main: Branch
     pool: Pool = NO_POOL
+    relu: bool = False
 
     def made(self, skip: Branch | None = None) -> Tensor:
         """With them applied, plus ``skip``."""
-        if self.main.scale is not None:
-            return residual_sum(self.main, skip, self.pool)
+        if self.main.scale is not None and not (self.relu and skip is not None):
+            return residual_sum(self.main, skip, self.pool, self.relu)
+        y = self.made() if self.relu else self.main.y
         if skip is None:
-            return self.main.y
-        return self.main.y + (skip.y if skip.scale is None else residual_sum(skip))
+            return y
+        return y + (skip.y if skip.scale is None else residual_sum(skip))
 
 
 def _run(steps: Sequence[_Step], load: _Load) -> _Made:
@@ -210,7 +221,7 @@ def _run(steps: Sequence[_Step], load: _Load) -> _Made:
     made = _Made(Branch(load.x))
     for step, following in zip(steps, (*steps[1:], None)):
         if isinstance(step, _Applied):
-            made = _Made(step.branch(made.main.y, mean, m2), step.windows(made.main.y))
+            made = _Made(step.branch(made.main.y, mean, m2), step.windows(made.main.y), step.relu)
             continue
         x = made.made()
         if isinstance(step, nn.Module):
@@ -286,8 +297,12 @@ def _steps(layers: list[nn.Module], sums: bool) -> list[_Step]:
             steps.append(_Fused(norm, relu, *separable))
             position = end + 1
             continue
-        steps.append(layers[position] if norm is None or not sums else _Applied(norm, None))
-        position += 1
+        if norm is None or not sums:
+            steps.append(layers[position])
+            position += 1
+            continue
+        steps.append(_Applied(norm, None, relu))
+        position = end
     return steps
 
 

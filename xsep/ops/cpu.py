@@ -83,26 +83,25 @@ class CpuBackend(CompiledBackend):
     def why_not_residual_sum(self, p: Problem) -> str | None:
         return None if p.nhwc else "its kernels for residual sums are for channels_last tensors"
 
-    def residual_sum(self, p: Problem, main, skip) -> Tensor:
-        out, call = (
-            self._empty(p.y, p, main.y),
-            _residual_call(False, p, skip.scale is not None, torch.get_num_threads()),
-        )
+    def residual_sum(self, p: Problem, main, skip, relu: bool) -> Tensor:
+        out = self._empty(p.y, p, main.y)
+        call = _residual_call(False, p, skip.scale is not None, relu, torch.get_num_threads())
         read = dict(center=main.center, scale=main.scale, shift=main.shift)
         read.update(skip_center=skip.center, skip_scale=skip.scale, skip_shift=skip.shift)
         _run_named(call, p, dict(y=main.y, skip=skip.y), read, dict(out=out))
         return out
 
-    def residual_sum_backward(self, p: Problem, dout: Tensor, main, skip) -> tuple[Tensor, ...]:
+    def residual_sum_backward(self, p: Problem, dout: Tensor, main, skip, relu: bool) -> tuple[Tensor, ...]:
         vectors = skip.scale is not None
         dy, dskip = self._empty(p.x, p, dout), self._empty(p.y, p, dout) if vectors else dout.new_empty(0)
         dscale, dshift = torch.empty_like(main.scale), torch.empty_like(main.scale)
         dskip_scale = main.scale.new_empty(p.x[1] if vectors else 0)
-        read = dict(center=main.center, scale=main.scale, skip_center=skip.center, skip_scale=skip.scale)
+        read = dict(center=main.center, scale=main.scale, shift=main.shift)
+        read.update(skip_center=skip.center, skip_scale=skip.scale)
         made = dict(dy=dy, dscale=dscale, dshift=dshift)
         if vectors:
             made.update(dskip=dskip, dskip_scale=dskip_scale)
-        call = _residual_call(True, p, vectors, torch.get_num_threads())
+        call = _residual_call(True, p, vectors, relu, torch.get_num_threads())
         _run_named(call, p, dict(dout=dout, y=main.y, skip=skip.y), read, made)
         return dy, dscale, dshift, dskip, dskip_scale
 
@@ -155,9 +154,9 @@ def _moments_call(p: Problem, threads: int):
 
 
 @lru_cache(maxsize=4096)
-def _residual_call(backward: bool, p: Problem, skip_vectors: bool, threads: int):
+def _residual_call(backward: bool, p: Problem, skip_vectors: bool, relu: bool, threads: int):
     _, shape, dtype, _, _, _ = prepared(_C, FPROP, p, None)
-    return _C.ResidualSumCall(backward, shape, dtype, skip_vectors, threads)
+    return _C.ResidualSumCall(backward, shape, dtype, skip_vectors, relu, threads)
 
 
 def _run_block(b: BlockProblem, on_load, images, read, made, backward=False, statistics=False, after=None) -> None:

@@ -2,9 +2,9 @@
 
     out = scale * (max_pool(y) - center) + shift + skip_scale * (skip - skip_center) + skip_shift
 
-per channel: BatchNorm of what the last convolution made, after a max-pool of it, BatchNorm of the other branch, and
-their sum.  y is (N, C, H, W), skip and out are (N, C, P, Q).  The vectors are of float32, or of float64 with y.
-Backward keeps y, skip and the vectors, and finds again which pixel of a window was the largest.
+or, without skip, relu(out), per channel: BatchNorm of what the last convolution made, after a max-pool of it, BatchNorm
+of the other branch, and their sum.  y is (N, C, H, W), skip and out are (N, C, P, Q).  The vectors are of float32, or
+of float64 with y.  Backward keeps y, skip and the vectors, and finds again which pixel of a window was the largest.
 
 The operators are for backends that have kernels (``why_not_residual_sum``).  Elsewhere ``residual_sum`` is composed of
 torch's, as derivatives of the gradients are everywhere.
@@ -33,11 +33,12 @@ from .problem import Problem, check_same, is_nhwc, memory_format, vector_dtype
 _POOL = "SymInt[2] window, SymInt[2] stride, SymInt[2] padding, bool ceil_mode"
 lib.define(
     "residual_sum(Tensor y, Tensor center, Tensor scale, Tensor? shift, Tensor? skip, Tensor? skip_center, "
-    f"Tensor? skip_scale, Tensor? skip_shift, {_POOL}) -> Tensor"
+    f"Tensor? skip_scale, Tensor? skip_shift, {_POOL}, bool relu) -> Tensor"
 )
 lib.define(
-    "residual_sum_backward(Tensor dout, Tensor y, Tensor center, Tensor scale, Tensor? skip, Tensor? skip_center, "
-    f"Tensor? skip_scale, {_POOL}) -> (Tensor dy, Tensor dscale, Tensor dshift, Tensor dskip, Tensor dskip_scale)"
+    "residual_sum_backward(Tensor dout, Tensor y, Tensor center, Tensor scale, Tensor? shift, Tensor? skip, "
+    f"Tensor? skip_center, Tensor? skip_scale, {_POOL}, bool relu) "
+    "-> (Tensor dy, Tensor dscale, Tensor dshift, Tensor dskip, Tensor dskip_scale)"
 )
 
 
@@ -64,20 +65,22 @@ NO_POOL = Pool()
 class Branch(NamedTuple):
     """A tensor, and the vectors of a BatchNorm that is to be applied to it: center and scale go together."""
 
-    y: Tensor
+    y: Any  # a tensor, or None for no branch
     center: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
 
 
-def residual_sum(main: Branch, skip: Branch | None = None, pool: Pool = NO_POOL) -> Tensor:
+def residual_sum(main: Branch, skip: Branch | None = None, pool: Pool = NO_POOL, relu: bool = False) -> Tensor:
     """BatchNorm of a max-pool of ``main``, plus ``skip`` with its own: (N, C, P, Q), of main's dtype and format.
+
+    Without ``skip`` there may be a ReLU at the end.
 
     Raises ``ValueError`` or ``TypeError`` naming what does not fit.
     """
     dtypes = main.y.dtype, *(vector_dtype(main.y),) * 3
     tensors = zip((*main, *(skip or (None,) * 4)), dtypes * 2)
-    arguments: list[Any] = [*(None if t is None else t.to(dtype) for t, dtype in tensors), *pool]
+    arguments: list[Any] = [*(None if t is None else t.to(dtype) for t, dtype in tensors), *pool, relu]
     _check(*arguments)
     transformed = not is_compiling() and under_transform()
     return (ops.residual_sum if has_residual_kernels(main.y) and not transformed else compose)(*arguments)
@@ -101,13 +104,15 @@ def has_residual_kernels(x: Tensor) -> bool:
     return why_not_residual_sum(p, backends.choose(p)) is None
 
 
-def compose(y, center, scale, shift, skip, skip_center, skip_scale, skip_shift, window, stride, padding, ceil_mode):
+def compose(
+    y, center, scale, shift, skip, skip_center, skip_scale, skip_shift, window, stride, padding, ceil_mode, relu
+):
     """``residual_sum`` of torch's own operators: differentiable by torch as often as wanted."""
     pooled = y if _is_none(window, stride) else F.max_pool2d(y, window, stride, padding, ceil_mode=ceil_mode)
     out = apply_vectors(pooled, center, scale, shift)
     if skip is not None:
         out = out + (skip if skip_scale is None else apply_vectors(skip, skip_center, skip_scale, skip_shift))
-    return out.to(y.dtype)
+    return (F.relu(out) if relu else out).to(y.dtype)
 
 
 def apply_vectors(y: Tensor, center: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
@@ -121,7 +126,9 @@ def _is_none(window, stride) -> bool:
     return (*window, *stride) == (1, 1, 1, 1)
 
 
-def _check(y, center, scale, shift, skip, skip_center, skip_scale, skip_shift, window, stride, padding, ceil_mode):
+def _check(
+    y, center, scale, shift, skip, skip_center, skip_scale, skip_shift, window, stride, padding, ceil_mode, relu
+):
     """The pool as a problem, its window the filter.  Raises ``ValueError`` or ``TypeError``."""
     if y.dim() != 4:
         raise ValueError(f"y must be (N, C, H, W); got shape {tuple(y.shape)}")
@@ -137,6 +144,10 @@ def _check(y, center, scale, shift, skip, skip_center, skip_scale, skip_shift, w
             raise ValueError(f"{name} must have shape ({C},); got {tuple(vector.shape)}")
         if vector.dtype != vector_dtype(y):
             raise TypeError(f"{name} must be of {vector_dtype(y)} with y of {y.dtype}; got {vector.dtype}")
+    if (skip_center is None) != (skip_scale is None) or (skip is None and skip_scale is not None):
+        raise ValueError("skip_center and skip_scale go together, and only with skip")
+    if skip is not None and relu:
+        raise ValueError("relu must be False with skip")
     if skip is not None:
         check_same("y", y, "skip", skip)
         if tuple(skip.shape) != (N, C, P, Q):
@@ -163,15 +174,16 @@ def _chosen(p: Problem) -> Any:
 
 
 def _residual_sum(*arguments):
-    p = _check(*arguments)
-    skip = arguments[4:8]
-    return _chosen(p).residual_sum(p, _filled(*arguments[:4]), Branch(*skip) if skip[2] is None else _filled(*skip))
+    p, relu = _check(*arguments), arguments[-1]
+    main, skip = _filled(*arguments[:4]), arguments[4:8]
+    return _chosen(p).residual_sum(p, main, Branch(*skip) if skip[2] is None else _filled(*skip), relu)
 
 
-def _residual_sum_backward(dout, y, center, scale, skip, skip_center, skip_scale, *pool):
-    p = _check(y, center, scale, None, skip, skip_center, skip_scale, None, *pool)
+def _residual_sum_backward(dout, y, center, scale, shift, skip, skip_center, skip_scale, *options):
+    p, relu = _check(y, center, scale, shift, skip, skip_center, skip_scale, None, *options), options[-1]
     dout = dout.contiguous(memory_format=p.memory_format)
-    return _chosen(p).residual_sum_backward(p, dout, Branch(y, center, scale), Branch(skip, skip_center, skip_scale))
+    other = Branch(None if skip_scale is None else skip, skip_center, skip_scale)
+    return _chosen(p).residual_sum_backward(p, dout, _filled(y, center, scale, shift), other, relu)
 
 
 def _filled(y, center, scale, shift) -> Branch:
@@ -188,8 +200,8 @@ def _(*arguments):
 
 
 @register_fake("xsep::residual_sum_backward", lib=lib)
-def _(dout, y, center, scale, skip, skip_center, skip_scale, *pool):
-    p, C = _check(y, center, scale, None, skip, skip_center, skip_scale, None, *pool), y.shape[1]
+def _(dout, y, center, scale, shift, skip, skip_center, skip_scale, *options):
+    p, C = _check(y, center, scale, shift, skip, skip_center, skip_scale, None, *options), y.shape[1]
     dskip, of_skip = (y.new_empty(0), 0) if skip_scale is None else (_like(y, p.y), C)
     return _like(y, y.shape), *(scale.new_empty(size) for size in (C, C)), dskip, scale.new_empty(of_skip)
 
@@ -203,7 +215,7 @@ def _setup_context(ctx, inputs, output):
     if tensors[6] is None:  # skip itself has the gradient of the sum
         tensors[4] = None
     ctx.save_for_backward(*tensors)
-    ctx.pool = inputs[8:]
+    ctx.options = inputs[8:]
     ctx.set_materialize_grads(False)
 
 
@@ -211,16 +223,16 @@ def _backward(ctx, dout):
     needs = ctx.needs_input_grad
     if dout is None:
         return (None,) * len(needs)
-    y, center, scale, _, skip, skip_center, skip_scale, _ = ctx.saved_tensors
+    y, center, scale, shift, skip, skip_center, skip_scale, _ = ctx.saved_tensors
     found: list[Tensor | None] = [None] * len(needs)
     if torch.is_grad_enabled():  # derivatives of the gradients are wanted
         kept = [need and t is not None for need, t in zip(needs, ctx.saved_tensors)]
         with disable_autocast():
-            composed = differentiable_gradients(lambda *t: compose(*t, *ctx.pool), ctx.saved_tensors, kept, (dout,))
+            composed = differentiable_gradients(lambda *t: compose(*t, *ctx.options), ctx.saved_tensors, kept, (dout,))
         found[: len(composed)] = composed
     else:
         dy, dscale, dshift, dskip, dskip_scale = ops.residual_sum_backward(
-            dout, y, center, scale, skip, skip_center, skip_scale, *ctx.pool
+            dout, y, center, scale, shift, skip, skip_center, skip_scale, *ctx.options
         )
         found[:4] = dy, -scale * dshift, dscale, dshift
         if skip_scale is not None:
