@@ -328,6 +328,16 @@ MODULES = {
         0,
     ),
     "nothing to fuse": (lambda: ([nn.Conv2d(3, 3, 1)], projection(3, 3), []), 1, 0),
+    "convolution before": (
+        lambda: (
+            [separable(5, 6), nn.BatchNorm2d(6)],
+            projection(5, 6),
+            [nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.ReLU()],
+        ),
+        2,
+        0,
+    ),
+    "no layers": (lambda: ([], projection(3, 3), [nn.BatchNorm2d(3), nn.ReLU()]), 1, 0),
     "strided identity": (lambda: ([separable(3, 3)], [nn.Sequential()], [nn.ReLU()]), 1, 0),
 }
 
@@ -440,6 +450,12 @@ class Run(nn.Module):
 
     def forward(self, x):
         return block.run_norm_and_relu(list(self.layers), x * 1)
+
+
+def test_layers_may_be_iterators():
+    plain, fused = residuals("pool")
+    x = input(torch.float64)
+    torch.testing.assert_close(fused.main.plus(x, iter(fused.shortcut), iter(fused.before)), plain(x))
 
 
 def test_a_result_may_be_changed_in_place():

@@ -79,6 +79,9 @@ def run_fused(
     With ``shortcut``, what ``plus`` makes of it.
     """
     layers, before, sums = list(layers), list(before), False
+    others = None if shortcut is None else list(shortcut)
+    if not _is_norm_and_relu(before):
+        x, before = _called(before, x), []
     steps: list[_Step] = [*layers]
     if everywhere or not is_compiling():
         sums = has_residual_kernels(x)
@@ -87,18 +90,15 @@ def run_fused(
             steps = fused
         else:
             sums = False
-    projection = _projection(shortcut, x) if sums and shortcut is not None else None
-    load = _Load(x)
-    if before and projection is not None and isinstance(steps[0], _Fused) and _is_norm_and_relu(before):
-        load = _loaded(before, x)
-    else:
-        load = _Load(_called(before, x))
+    projection = _projection(others, x) if sums and others is not None else None
+    loads = before and projection is not None and steps and isinstance(steps[0], _Fused)
+    load = _loaded(before, x) if loads else _Load(_called(before, x))
     main = _run(steps, load)
-    if shortcut is None:
+    if others is None:
         return main.made()
     if projection is not None:
         return main.made(projection.branch(load))
-    skip = _called(shortcut, load.x)
+    skip = _called(others, load.x)
     return main.made(Branch(skip)) if sums else main.made() + skip
 
 
@@ -267,9 +267,8 @@ class _Projection(NamedTuple):
         return Branch(y, *vectors(self.norm, y, mean, m2))
 
 
-def _projection(layers: Iterable[nn.Module], x: Tensor) -> _Projection | None:
+def _projection(layers: list[nn.Module], x: Tensor) -> _Projection | None:
     """Layers that are one, if the backend of ``x`` has kernels for it."""
-    layers = list(layers)
     if len(layers) != 2 or not _is_pointwise(layers[0]) or not is_any(layers[1], KINDS):
         return None
     convolution: Any = layers[0]
