@@ -71,7 +71,7 @@ def drawn_inputs(drawn, dtype):
     """The tensors of a sum, and a gradient of its result."""
     y = sliced((drawn.N, drawn.C, drawn.H, drawn.W), dtype, NHWC, 0)
     if drawn.ties:
-        y.round_()
+        y.copy_(y.double().round())
     sizes = drawn.N, drawn.C, drawn.pool.extent(0, drawn.H), drawn.pool.extent(1, drawn.W)
     vectors = [dense((drawn.C,), vector_dtype(y), seed) for seed in range(1, 7)]
     tensors = [y, *vectors[:2], vectors[2] if drawn.shift else None, None, None, None, None]
@@ -90,12 +90,14 @@ def as_modules(pool, relu, y, center, scale, shift, skip, skip_center, skip_scal
         wide = (t.to(scale.dtype) - center) * scale
         return (wide if shift is None else wide + shift).to(t.dtype)
 
-    if pool != NO_POOL:
-        y = F.max_pool2d(y, *pool[:3], ceil_mode=pool.ceil_mode)
+    dtype = y.dtype
+    if pool != NO_POOL:  # in double, which is as exact: torch 2.0.1 has none of float16, nor sums and ReLUs
+        y = F.max_pool2d(y.double(), *pool[:3], ceil_mode=pool.ceil_mode).to(dtype)
     out = normalized(y, center, scale, shift)
     if skip is None:
-        return F.relu(out) if relu else out
-    return out + (skip if skip_scale is None else normalized(skip, skip_center, skip_scale, skip_shift))
+        return F.relu(out.double()).to(dtype) if relu else out
+    other = skip if skip_scale is None else normalized(skip, skip_center, skip_scale, skip_shift)
+    return (out.double() + other.double()).to(dtype)
 
 
 def with_gradients(function, tensors, dout):
