@@ -8,12 +8,9 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "call.h"
 #include "isa.h"
+#include "parallel.h"
 #include "tile.h"
 
 namespace xsep::cpu {
@@ -50,22 +47,8 @@ void run(const DepthwiseArgs& args, const Plan& plan) {
                      shared + plan.packed_w,
                      shared + plan.packed_w + plan.packed_bias};
   const int64_t stride = plan.scratch + plan.sums;
-
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(plan.threads)
-#endif
-  {
-#if defined(_OPENMP)
-    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-#else
-    const int threads = 1, thread = 0;
-#endif
+  in_parallel(plan.threads, [&](int thread, int threads) {
     const auto share = [&](int64_t count, int i) { return count * i / threads; };
-    const auto barrier = [] {
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-    };
     for (int64_t b = share(plan.blocks, thread); b < share(plan.blocks, thread + 1); ++b) pack(call, b);
     Scratch<A> scratch(plan, per_thread + thread * stride);
     std::memset(scratch.sums, 0, plan.sums * sizeof(A));
@@ -79,7 +62,7 @@ void run(const DepthwiseArgs& args, const Plan& plan) {
         reduce(call, b, sums, stride, threads);
       }
     }
-  }
+  });
 }
 
 }  // namespace

@@ -8,13 +8,11 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "call.h"
 #include "isa.h"
+#include "parallel.h"
 #include "separable_plan.h"
+#include "statistics.h"
 
 namespace xsep::cpu {
 namespace {
@@ -63,18 +61,13 @@ class Moments {
   // A thread's share of the channels, of all threads' statistics.
   void merge(int thread, int threads) const {
     for (int64_t c = int64_t{args_.C} * thread / threads; c < int64_t{args_.C} * (thread + 1) / threads; ++c) {
-      double mean = 0, m2 = 0, count = 0;
+      Statistics all;
       for (int t = 0; t < threads; ++t) {
-        const double n = static_cast<double>((first(t + 1, threads) - first(t, threads)) * args_.W);
-        if (n == 0) continue;
-        const double* theirs = means(t);
-        const double delta = theirs[c] - mean;
-        mean += delta * (n / (count + n));
-        m2 += theirs[plan_.blocks * block_ + c] + delta * delta * (count / (count + n) * n);
-        count += n;
+        const int64_t n = (first(t + 1, threads) - first(t, threads)) * args_.W;
+        all.add(means(t)[c], means(t)[plan_.blocks * block_ + c], static_cast<double>(n));
       }
-      static_cast<A*>(args_.mean)[c] = static_cast<A>(mean);
-      static_cast<A*>(args_.m2)[c] = static_cast<A>(m2);
+      static_cast<A*>(args_.mean)[c] = static_cast<A>(all.mean);
+      static_cast<A*>(args_.m2)[c] = static_cast<A>(all.m2);
     }
   }
 
@@ -125,21 +118,11 @@ template <class T>
 void run(const MomentsArgs& args) {
   const MomentsPlan plan(args, kBlock<accumulate_t<T>>);
   const Moments<T> moments(args, plan);
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(plan.threads)
-#endif
-  {
-#if defined(_OPENMP)
-    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-#else
-    const int threads = 1, thread = 0;
-#endif
+  in_parallel(plan.threads, [&](int thread, int threads) {
     moments.sum(thread, threads);
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
+    barrier();
     moments.merge(thread, threads);
-  }
+  });
 }
 
 void check(const MomentsArgs& args) {

@@ -10,12 +10,9 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "call.h"
 #include "isa.h"
+#include "parallel.h"
 
 namespace xsep::cpu {
 namespace {
@@ -147,27 +144,16 @@ void run(const ResidualSumArgs& args, const ResidualPlan& plan) {
   using A = accumulate_t<T>;
   const ResidualSum<T> sum(args, plan);
   A* const first = static_cast<A*>(args.workspace);
-
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(plan.threads)
-#endif
-  {
-#if defined(_OPENMP)
-    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-#else
-    const int threads = 1, thread = 0;
-#endif
+  in_parallel(plan.threads, [&](int thread, int threads) {
     const int64_t begin = plan.rows * thread / threads, end = plan.rows * (thread + 1) / threads;
     if (args.backward) {
       sum.backward(begin, end, first + thread * plan.per_thread);
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
+      barrier();
       sum.reduce(thread, threads, first);
     } else {
       for (int64_t i = begin; i < end; ++i) sum.forward(i);
     }
-  }
+  });
 }
 
 void check(const ResidualSumArgs& args) {

@@ -25,13 +25,11 @@
 #include <cstring>
 #include <tuple>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include "call.h"
 #include "isa.h"
+#include "parallel.h"
 #include "separable_plan.h"
+#include "statistics.h"
 
 namespace xsep::cpu {
 namespace {
@@ -216,16 +214,12 @@ class Separable {
   // A thread's share of the statistics of all groups, which are of counts[g] pixels each.
   void merge_statistics(int thread, int threads, const int64_t* counts) const {
     for (int64_t k = share(args_.K, thread, threads); k < share(args_.K, thread + 1, threads); ++k) {
-      double mean = 0, m2 = 0, count = 0;
+      Statistics all;
       for (int g = 0; g < plan_.groups; ++g) {
-        const double* theirs = statistics(g);
-        const double n = static_cast<double>(counts[g]), delta = theirs[k] - mean;
-        mean += delta * (n / (count + n));
-        m2 += theirs[plan_.k_blocks * block_ + k] + delta * delta * (count / (count + n) * n);
-        count += n;
+        all.add(statistics(g)[k], statistics(g)[plan_.k_blocks * block_ + k], static_cast<double>(counts[g]));
       }
-      static_cast<A*>(args_.mean)[k] = static_cast<A>(mean);
-      static_cast<A*>(args_.m2)[k] = static_cast<A>(m2);
+      static_cast<A*>(args_.mean)[k] = static_cast<A>(all.mean);
+      static_cast<A*>(args_.m2)[k] = static_cast<A>(all.m2);
     }
   }
 
@@ -459,21 +453,7 @@ void run(const SeparableArgs& args, const Grid& grid, const SeparablePlan& plan)
   const Separable<T> block(args, grid, plan);
   A* const first = static_cast<A*>(args.workspace) + plan.shared;
   std::vector<int64_t> counts(plan.groups);
-
-#if defined(_OPENMP)
-#pragma omp parallel num_threads(plan.threads)
-#endif
-  {
-#if defined(_OPENMP)
-    const int threads = omp_get_num_threads(), thread = omp_get_thread_num();
-#else
-    const int threads = 1, thread = 0;
-#endif
-    const auto barrier = [] {
-#if defined(_OPENMP)
-#pragma omp barrier
-#endif
-    };
+  in_parallel(plan.threads, [&](int thread, int threads) {
     A* const own = first + thread * plan.per_thread;
     block.prepare(thread, threads);
     if (args.backward) {
@@ -490,7 +470,7 @@ void run(const SeparableArgs& args, const Grid& grid, const SeparablePlan& plan)
       for (int group = 0; group < plan.groups; ++group) counts[group] = block.forward_group(group, own);
       if (args.statistics) block.merge_statistics(thread, threads, counts.data());
     }
-  }
+  });
 }
 
 void check(const SeparableArgs& args) {
