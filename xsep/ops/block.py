@@ -56,10 +56,14 @@ def compose(x, w_dw, w_pw, center, scale, shift, relu, activation, stride, pad, 
     y = F.conv2d(_activated(z, activation), w_pw)
     if not statistics:
         return y, _no_vector(x), _no_vector(x)
+    return y, *compose_statistics(y)
+
+
+def compose_statistics(y: Tensor) -> tuple[Tensor, Tensor]:
+    """mean and m2 of torch's own operators, which torch can transform; they widen all of y."""
     wide = y.to(vector_dtype(y))
-    count = y.numel() // y.shape[1]
-    mean = wide.sum((0, 2, 3)) / max(count, 1)
-    return y, mean, (wide - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
+    mean = wide.sum((0, 2, 3)) / max(y.numel() // y.shape[1], 1)
+    return mean, (wide - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
 
 
 def _block(x, w_dw, w_pw, center, scale, shift, relu, activation, stride, pad, dilation, statistics):

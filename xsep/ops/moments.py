@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._compat import is_compiling, register_autograd, register_fake
 from . import backends
-from .block import statistics_of
+from .block import compose_statistics, statistics_of
 from .library import implement, lib, ops, problem_of, under_transform
 from .problem import is_nhwc, vector_dtype
 from .residual import Branch, residual_sum
@@ -24,15 +24,8 @@ lib.define("moments(Tensor y) -> (Tensor mean, Tensor m2)")
 def with_moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """y, its mean and its m2.  Who uses this y in place of the argument gets all of its gradient in one pass."""
     if is_compiling() or under_transform():
-        return (y, *compose(y))
+        return (y, *compose_statistics(y))
     return _WithMoments.apply(y)
-
-
-def compose(y: Tensor) -> tuple[Tensor, Tensor]:
-    """``xsep::moments`` of torch's own operators, which torch can transform."""
-    wide = y.to(vector_dtype(y))
-    mean = wide.sum((0, 2, 3)) / max(y.numel() // y.shape[1], 1)
-    return mean, (wide - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
 
 
 def _moments(y):
