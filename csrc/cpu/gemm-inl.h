@@ -35,6 +35,7 @@ inline void gemm_tile(const Gemm<A>& g, const A* a, const A* b, A* c, int depth,
   for (int k = 0; k < depth; k += B, a += kTransposed ? B * B : g.a_panel) {
     const A* at = a + kMiddle;
     const int steps = depth - k < B ? depth - k : B;
+#pragma GCC unroll 2  // what counts steps takes the multiply-adds' ports
     for (int i = 0; i < steps; ++i) {
       vec<A, L> line[kPanels * V];
 #pragma GCC unroll 4

@@ -90,23 +90,27 @@ class Separable {
 
   // A thread's share of what the tiles share.
   void prepare(int thread, int threads) const {
-    for (int b = share(plan_.blocks, thread, threads); b < share(plan_.blocks, thread + 1, threads); ++b) {
+    const int begin = share(plan_.blocks, thread, threads), end = share(plan_.blocks, thread + 1, threads);
+    for (int b = begin; b < end; ++b) {
       pack(fprop_, b);
-      if (!args_.backward) continue;
-      pack(grad_, b);
-      // [K][kBlock]: channels of x are neighbours.
+      if (args_.backward) pack(grad_, b);
+    }
+    // [K][kBlock]: channels of x are neighbours.
+    for (int b = begin; args_.backward && b < end; b += kTogether) {
+      const int64_t panel = int64_t{args_.K} * block_;
+      const int channels = std::min(std::min(kTogether, end - b) * block_, s_.C - b * block_);
       kernels_.stage_nhwc({w_pw() + b * block_,
                            s_.C,
                            s_.C,
                            1,
                            1,
                            args_.K,
-                           lanes(b, s_.C),
+                           channels,
                            0,
                            {},
-                           shared_ + plan_.w_pw + int64_t{b} * args_.K * block_,
+                           shared_ + plan_.w_pw + b * panel,
                            block_,
-                           block_,
+                           panel,
                            false});
     }
     for (int b = share(plan_.k_blocks, thread, threads); b < share(plan_.k_blocks, thread + 1, threads); ++b) {
@@ -158,7 +162,7 @@ class Separable {
   void backward(int64_t i, bool& add, A* own) const {
     const int part = static_cast<int>(i % plan_.rows.tiles);
     const int64_t image = i / plan_.rows.tiles;
-    A* const dz = own + plan_.dz_tile;
+    A *const dz = own + plan_.dz_tile, *panels = own + plan_.panels, *z = own + plan_.z_tile;
     int first = 0;  // row that dz begins with
     for (const Strip& strip : plan_.strips(part)) {
       if (strip.kept > first) {
@@ -170,12 +174,11 @@ class Separable {
       first = strip.kept;
       const int pixels = strip.dz.size() * Q_;
       const int64_t panel = strip.dz.size() * row();
-      A *const panels = own + plan_.panels, *const z = own + plan_.z_tile;
       gradient_of_y(image, strip.dz, panels);
       kernels_.gemm({panels, panel, false, shared_ + plan_.w_pw, int64_t{args_.K} * block_,
                      dz + (strip.dz.lo - first) * row(), dz_panel(), pixels, args_.K, plan_.blocks, false});
       for (int b = 0; b < plan_.blocks; b += plan_.depth) {
-        depthwise_backward(image, part, strip, b, std::min(plan_.depth, plan_.blocks - b), own);
+        depthwise_backward(image, part, strip, b, std::min(plan_.depth, plan_.blocks - b), z, own);
       }
       // Rows of another part are not counted twice.
       const Span counted = intersection(strip.dz, plan_.rows.y(part));
@@ -184,6 +187,7 @@ class Separable {
       kernels_.gemm({z + before, panel, true, panels + before, panel, own + plan_.dw_pw, int64_t{s_.C} * block_, s_.C,
                      counted.size() * Q_, plan_.k_blocks, add});
       add = true;
+      std::swap(panels, z);  // z was read last, often: what is written there finds its lines in the cache
     }
   }
 
@@ -367,13 +371,13 @@ class Separable {
   }
 
   // n blocks from b on: z of the strip, and from dz the gradients of the filter, of x and of the vectors.
-  void depthwise_backward(int64_t image, int part, const Strip& strip, int b, int n, A* own) const {
+  void depthwise_backward(int64_t image, int part, const Strip& strip, int b, int n, A* z_panels, A* own) const {
     const Span counted = intersection(strip.dz, plan_.rows.y(part));
     const int64_t dx_panel = int64_t{strip.dx.size()} * s_.W * block_;
     A *const dx_tile = own + plan_.out_tile, *const sums = own + plan_.sums;
     Pixels u = stage_x(image, strip.dz, whole(Q_), b, n, own);
     for (int c = b; c < b + n; ++c, next_panel(u)) {
-      A* const z = own + plan_.z_tile + c * strip.dz.size() * row();
+      A* const z = z_panels + c * strip.dz.size() * row();
       A* const dz = own + plan_.dz_tile + c * dz_panel();  // from row strip.kept on
       convolve(u, strip.dz.size(), Q_, c, z);
       if (args_.between.any()) {

@@ -144,14 +144,16 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
   fprop_bias = of_call.add(fprop.packed_bias);
   fprop_affine = of_call.add(fprop.packed_affine);
   x_tile = of_thread.add(x_pixels * depth * block);
-  z_tile = of_thread.add(pixels * channels);
   if (args.backward) {
+    // z, and the gradient of y: a strip has them the other way round than the last.
+    const int64_t most = pixels * std::max<int64_t>(channels, int64_t{k_blocks} * block);
+    z_tile = of_thread.add(most);
+    panels = of_thread.add(most);
     grad_w = of_call.add(grad.packed_w);
     grad_bias = of_call.add(grad.packed_bias);
     grad_affine = of_call.add(grad.packed_affine);
     w_pw = of_call.add(channels * args.K);
     y_affine = of_call.add(3 * int64_t{k_blocks} * block);
-    panels = of_thread.add(int64_t{k_blocks} * pixels * block);
     dz_tile = of_thread.add(int64_t{dz_rows} * s.Q() * channels);
     out_tile = of_thread.add(dx_pixels * depth * block);
     sums = of_thread.add(grad.sums);
@@ -159,6 +161,7 @@ SeparablePlan::SeparablePlan(const SeparableArgs& args)
   } else {
     w_pw = of_call.add(int64_t{k_blocks} * block * s.C);
     bias = of_call.add(int64_t{k_blocks} * block);
+    z_tile = of_thread.add(pixels * channels);
     panels = of_thread.add(int64_t{kTogether} * pixels * block);
     if (args.statistics) statistics = of_call.add(groups * int64_t{k_blocks} * block * 2 * 2);  // in double
   }
