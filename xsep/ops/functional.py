@@ -125,7 +125,7 @@ def separable_block(
         raise ValueError(f"input must be (N, C, H, W); got shape {tuple(input.shape)}")
     geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
     center, scale, shift = (v if v is None else v.to(vector_dtype(input)) for v in (center, scale, shift))
-    run = block.compose if not is_compiling() and library.under_transform() else torch.ops.xsep.block
+    run = block.compose if not is_compiling() and library.under_transform() else block.run
     tensors = input, depthwise_weight, pointwise_weight, center, scale, shift
     y, mean, m2 = run(*tensors, relu, activation, *geometry, statistics)
     return (y, mean, m2) if statistics else (y, None, None)
@@ -191,9 +191,7 @@ def separable_block_inference(
                     "torch.no_grad(), or separable_block to train"
                 )
     geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
-    run: Callable = (
-        inference.compose if not is_compiling() and library.under_transform() else torch.ops.xsep.block_inference
-    )
+    run: Callable = inference.compose if not is_compiling() and library.under_transform() else inference.run
     return run(*tensors.values(), relu, activation, out_activation, *geometry)
 
 

@@ -127,32 +127,65 @@ def _watched(*arguments) -> bool:
     )
 
 
-def _needs_grad(*arguments: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in arguments)
+def _under_autocast(device_type: str, run: Callable, count: int, *arguments):
+    # torch.library.register_autocast fixes one dtype; this follows the active one, and like torch leaves float64 alone.
+    dtype = autocast_dtype(device_type)
+
+    def cast(t):
+        return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+
+    with disable_autocast():
+        return run(*map(cast, arguments[:count]), *arguments[count:])
 
 
-def _unless_watched(operator, kernel):
-    def call(a: Tensor, b: Tensor, c, *rest):
-        tensors = (a, b, c) if isinstance(c, Tensor) else (a, b)
-        return (operator if _watched(*tensors) or _needs_grad(*tensors) else kernel)(a, b, c, *rest)
+def register_autocast(name: str, count: int) -> None:
+    """Under autocast the first ``count`` arguments of an operator, tensors or None, take the active dtype.
+
+    Nothing that the operator calls is cast.
+    """
+    for device_type in _AUTOCAST:
+        kernel = partial(_under_autocast, device_type, getattr(ops, name), count)
+        lib.impl(name, kernel, "Autocast" + device_type.upper())
+
+
+def _function(kernel: Callable, setup_context: Callable, backward: Callable) -> Any:
+    def forward(ctx, *arguments):
+        output = kernel(*arguments)
+        setup_context(ctx, arguments, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(kernel.__name__, (torch.autograd.Function,), methods)
+
+
+def unwatched(
+    operator,
+    kernel: Callable,
+    count: int,
+    cast: int | None = None,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> Callable:
+    """``operator``, with as little between caller and ``kernel`` as gradients and autocast allow.
+
+    The first ``count`` arguments are tensors or None.  ``cast`` is ``register_autocast``'s count, if that was called,
+    ``setup_context`` and ``backward`` are ``register_autograd``'s; without them gradients are left to the operator.
+    """
+    with_gradients = operator
+    if setup_context is not None and backward is not None:
+        with_gradients = _function(kernel, setup_context, backward).apply
+
+    def call(*arguments):
+        tensors = [t for t in arguments[:count] if t is not None]
+        if _watched(*tensors):
+            return operator(*arguments)
+        device_type = tensors[0].device.type
+        if cast is not None and device_type in _AUTOCAST and is_autocast_enabled(device_type):
+            return _under_autocast(device_type, call, cast, *arguments)
+        needs = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return (with_gradients if needs else kernel)(*arguments)
 
     return call
-
-
-def fprop(x: Tensor, w: Tensor, bias: Tensor | None, stride, pad, dilation) -> Tensor:
-    """``ops.fprop``, with as little between caller and kernel as gradients and autocast allow."""
-    tensors = (x, w) if bias is None else (x, w, bias)
-    if _watched(*tensors):
-        return ops.fprop(x, w, bias, stride, pad, dilation)
-    if x.device.type in _AUTOCAST and is_autocast_enabled(x.device.type):
-        return _under_autocast(x.device.type, fprop, 3, x, w, bias, stride, pad, dilation)
-    run = _Fprop.apply if _needs_grad(*tensors) else _fprop
-    return run(x, w, bias, stride, pad, dilation)
-
-
-dgrad = _unless_watched(ops.dgrad, _dgrad)
-wgrad = _unless_watched(ops.wgrad, _wgrad)
-dgrad_wgrad = _unless_watched(ops.dgrad_wgrad, _dgrad_wgrad)
 
 
 @register_fake("xsep::fprop", lib=lib)
@@ -247,6 +280,12 @@ register_autograd("xsep::fprop", _fprop_backward, setup_context=_keep(2), lib=li
 register_autograd("xsep::dgrad", _dgrad_backward, setup_context=_keep(2), lib=lib)
 register_autograd("xsep::wgrad", _wgrad_backward, setup_context=_keep(2), lib=lib)
 register_autograd("xsep::dgrad_wgrad", _dgrad_wgrad_backward, setup_context=_keep(3), lib=lib)
+register_autocast("fprop", 3)
+
+fprop = unwatched(ops.fprop, _fprop, 3, 3, _keep(2), _fprop_backward)
+dgrad = unwatched(ops.dgrad, _dgrad, 2)
+wgrad = unwatched(ops.wgrad, _wgrad, 2)
+dgrad_wgrad = unwatched(ops.dgrad_wgrad, _dgrad_wgrad, 3)
 
 
 def differentiable_gradients(compose: Callable, tensors, needs, gradients) -> list[Tensor | None]:
@@ -262,42 +301,6 @@ def differentiable_gradients(compose: Callable, tensors, needs, gradients) -> li
     wanted = [t for t, need in zip(aliases, needs) if need]
     found = iter(torch.autograd.grad(outputs, wanted, gradients, create_graph=True))
     return [next(found) if need else None for need in needs[: len(aliases)]]
-
-
-def _under_autocast(device_type: str, run: Callable, count: int, *arguments):
-    # torch.library.register_autocast fixes one dtype; this follows the active one, and like torch leaves float64 alone.
-    dtype = autocast_dtype(device_type)
-
-    def cast(t):
-        return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-
-    with disable_autocast():
-        return run(*map(cast, arguments[:count]), *arguments[count:])
-
-
-def register_autocast(name: str, count: int) -> None:
-    """Under autocast the first ``count`` arguments of an operator, tensors or None, take the active dtype.
-
-    Nothing that the operator calls is cast.
-    """
-    for device_type in _AUTOCAST:
-        kernel = partial(_under_autocast, device_type, getattr(ops, name), count)
-        lib.impl(name, kernel, "Autocast" + device_type.upper())
-
-
-register_autocast("fprop", 3)
-
-
-class _Fprop(torch.autograd.Function):
-    """What ``register_autograd`` makes of ``fprop``, for callers that need no dispatcher."""
-
-    @staticmethod
-    def forward(ctx, x, w, bias, stride, pad, dilation):
-        ctx.save_for_backward(x, w)
-        ctx.has_bias, ctx.geometry = bias is not None, (stride, pad, dilation)
-        return _fprop(x, w, bias, stride, pad, dilation)
-
-    backward = staticmethod(_fprop_backward)
 
 
 if hasattr(torch.library, "triton_op"):

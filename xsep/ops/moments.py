@@ -14,7 +14,7 @@ from torch import Tensor
 from .._compat import is_compiling, register_autograd, register_fake
 from . import backends
 from .block import compose_statistics, statistics_of
-from .library import implement, lib, ops, problem_of, under_transform
+from .library import implement, lib, ops, problem_of, under_transform, unwatched
 from .problem import is_nhwc, vector_dtype
 from .residual import Branch, residual_sum
 
@@ -37,6 +37,7 @@ def _moments(y):
 
 
 implement("moments", _moments)
+_run = unwatched(ops.moments, _moments, 1)
 
 
 @register_fake("xsep::moments", lib=lib)
@@ -57,7 +58,7 @@ def _gradient(dy: Tensor | None, dmean: Tensor | None, dm2: Tensor | None, y: Te
 class _WithMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y):
-        mean, m2 = ops.moments(y)
+        mean, m2 = _run(y)
         ctx.save_for_backward(y, mean)
         ctx.set_materialize_grads(False)
         return y.view_as(y), mean, m2

@@ -27,7 +27,7 @@ from .._compat import (
     register_fake,
 )
 from . import backends
-from .library import differentiable_gradients, implement, lib, ops, problem_of, under_transform
+from .library import differentiable_gradients, implement, lib, ops, problem_of, under_transform, unwatched
 from .problem import Problem, check_same, is_nhwc, memory_format, vector_dtype
 
 _POOL = "SymInt[2] window, SymInt[2] stride, SymInt[2] padding, bool ceil_mode"
@@ -83,7 +83,7 @@ def residual_sum(main: Branch, skip: Branch | None = None, pool: Pool = NO_POOL,
     arguments: list[Any] = [*(None if t is None else t.to(dtype) for t, dtype in tensors), *pool, relu]
     _check(*arguments)
     transformed = not is_compiling() and under_transform()
-    return (ops.residual_sum if has_residual_kernels(main.y) and not transformed else compose)(*arguments)
+    return (_run if has_residual_kernels(main.y) and not transformed else compose)(*arguments)
 
 
 def why_not_residual_sum(p: Problem, chosen: Any) -> str | None:
@@ -231,7 +231,7 @@ def _backward(ctx, dout):
             composed = differentiable_gradients(lambda *t: compose(*t, *ctx.options), ctx.saved_tensors, kept, (dout,))
         found[: len(composed)] = composed
     else:
-        dy, dscale, dshift, dskip, dskip_scale = ops.residual_sum_backward(
+        dy, dscale, dshift, dskip, dskip_scale = _gradients(
             dout, y, center, scale, shift, skip, skip_center, skip_scale, *ctx.options
         )
         found[:4] = dy, -scale * dshift, dscale, dshift
@@ -250,3 +250,5 @@ register_autograd("xsep::residual_sum", _backward, setup_context=_setup_context,
 register_autograd(
     "xsep::residual_sum_backward", _no_derivative, setup_context=lambda ctx, inputs, output: None, lib=lib
 )
+_run = unwatched(ops.residual_sum, _residual_sum, 8, None, _setup_context, _backward)
+_gradients = unwatched(ops.residual_sum_backward, _residual_sum_backward, 8)
