@@ -114,8 +114,9 @@ inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, in
   }
 }
 
-// Asks for `rows` x `cols` pixels that the rows below will need, as far as they exist, to come into the second-level
-// cache: channels lie apart by the pixel, which hardware prefetchers do not follow well.
+// Asks for `rows` x `cols` pixels, as far as they exist, to come into the second-level cache.  Of large tensors, whose
+// channels lie apart by the pixel, hardware prefetchers do not follow all that tiles touch: pixels that the rows below
+// will need, or, where these are few, lines of outputs, which are read before they are written in part.
 template <class T>
 inline void prefetch(const Pixels& x, int row, int rows, int col, int cols, ptrdiff_t at) {
   const int row_end = row + rows < x.rows ? row + rows : x.rows, col_end = col + cols < x.cols ? col + cols : x.cols;
@@ -148,6 +149,7 @@ void conv_dense(const Conv<acc_t<T>>& args) {
     if (by_lines) copy.out_row = 4 * kLine, copy.out_pixel = kLine;
     return copy;
   }();
+  const Pixels outputs{args.out, args.out_row, args.out_pixel, c.rows, c.cols, 0, 0, 1, 1, 1, 1};
   for (int i = 0; i < c.rows; i += kRows) {
     const int rows = kRows < c.rows - i ? kRows : c.rows - i, row = c.in.first_row + i * kStep;
     const int below = row + (rows - 1) * kStep + c.tap_rows;
@@ -165,7 +167,12 @@ void conv_dense(const Conv<acc_t<T>>& args) {
           for (int v = 0; v < kBlock<A>; v += kLanes<A>) {
             const int packed = b * kBlock<A> + v;
             const ptrdiff_t at = b + 1 < c.blocks ? packed : c.last + v;
-            if (packed % kLine == 0) prefetch<T>(c.in, below, kRows * kStep, col, kCols * kStep, at);
+            if (packed % kLine == 0 && c.far) {
+              if (c.stream || kTaps > 3)
+                prefetch<T>(c.in, below, kRows * kStep, col, kCols * kStep, at);
+              else
+                prefetch<T>(outputs, i, rows, j, kCols, at + 2 * kLine);
+            }
             conv_tile<T, kTaps, kStep, kCols, is_square.value, is_border.value>(
                 c, in + at, row, col, rows, c.weights + b * c.weights_step + v, c.init ? c.init + packed : nullptr,
                 by_lines ? lines[0][0] + packed % kLine : out + at);

@@ -70,6 +70,7 @@ struct Conv {
   ptrdiff_t out_row, out_pixel;
   int rows, cols, blocks;
   ptrdiff_t last;  // from the first channel of the first block to that of the last; in between they are neighbours
+  bool far;        // in and out are so large that it pays to ask for what is needed next
   bool stream;     // out is aligned to cache lines and too large to stay in the caches
 };
 
@@ -84,6 +85,7 @@ struct Wgrad {
   ptrdiff_t last;     // as in Conv
   A* dw;              // [tap_rows][tap_cols][kBlock]
   ptrdiff_t dw_step;  // from block to block
+  bool far;           // as in Conv
   bool stream;        // x and dy do not fit into the caches
 };
 

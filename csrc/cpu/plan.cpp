@@ -16,8 +16,9 @@ constexpr int kFusedRows = 8;
 constexpr int kGroupLines = 8;  // of a pixel, at least: memory likes long stretches
 
 // A tensor of more bytes than the first, and tensors of more than the second together, do not stay in a last-level
-// cache.
-constexpr int64_t kLargeBytes = 24 << 20, kStreamBytes = 32 << 20;
+// cache.  Tensors of more than the third are asked for in advance: nearer ones the hardware fetches as fast, without
+// instructions.
+constexpr int64_t kLargeBytes = 24 << 20, kStreamBytes = 32 << 20, kFarBytes = 12 << 20;
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
@@ -108,9 +109,11 @@ Plan::Plan(const DepthwiseArgs& args) {
   threads = static_cast<int>(std::clamp<int64_t>(macs / kMacsPerThread, 1, std::max(1, args.threads)));
   threads = static_cast<int>(std::clamp<int64_t>(items, 1, threads));
   const int64_t size = 64 / (half ? 2 * line : line);
+  const int64_t all = (s.x_numel() * (pass == Pass::kDgradWgrad ? 2 : 1) + s.y_numel()) * size;
+  far = all > kFarBytes;
   large = (pass == Pass::kFprop ? s.y_numel() : s.x_numel()) * size > kLargeBytes;
   // Vectors that go out in place cost nothing more past the caches, and leave them to the inputs; others are copied.
-  stream = direct ? (s.x_numel() * (pass == Pass::kDgradWgrad ? 2 : 1) + s.y_numel()) * size > kStreamBytes : large;
+  stream = direct ? all > kStreamBytes : large;
 
   if (makes_dx) {
     for (int a = 0; a < s.stride_h; ++a) row_classes.push_back(rows.axis.dgrad_taps(a));

@@ -106,6 +106,7 @@ struct Plan {
   int bands;        // per tile of rows
   int depth;        // and has at most so many blocks
   int taps;         // M * R * S
+  bool far;         // its tensors are so large that it pays to ask for what is needed next
   bool large;       // the pass goes over more than the caches hold
   bool stream;      // its outputs go past them
 

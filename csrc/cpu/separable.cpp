@@ -325,7 +325,7 @@ class Separable {
   void convolve(const Pixels& u, int rows, int cols, int b, A* panel) const {
     kernels_.conv_staged({u, s_.R, s_.S, fprop_.packed_w + int64_t{b} * plan_.fprop.taps * block_, 0,
                           fprop_.packed_bias + b * block_, panel, int64_t{cols} * block_, block_, rows, cols, 1, 0,
-                          false});
+                          false, false});
   }
 
   // n panels of products from block k on become y, and their statistics join those of the `count` pixels before.
@@ -387,7 +387,7 @@ class Separable {
         Pixels x = u;
         x.first_row += (counted.lo - strip.dz.lo) * s_.stride_h;
         kernels_.wgrad_staged({x, s_.R, s_.S, dz + (counted.lo - strip.kept) * row(), row(), block_, counted.size(), Q_,
-                               1, 0, sums + c * plan_.grad.sums_per_block, 0, false});
+                               1, 0, sums + c * plan_.grad.sums_per_block, 0, false, false});
       }
       if (strip.dx.size() == 0) continue;
       const Pixels all{dz, row(), block_, strip.dz.hi - strip.kept, Q_, 0, 0, 1, 1, 1, 1};
@@ -435,7 +435,7 @@ class Separable {
     kernels_.conv_staged({dz, tap_cols ? tap_rows : 0, tap_cols, weights, 0, grad_.packed_bias + b * block_,
                           out + i * out_row + j * block_, s_.stride_h * out_row, int64_t{s_.stride_w} * block_,
                           (strip.dx.size() - i + s_.stride_h - 1) / s_.stride_h,
-                          (s_.W - j + s_.stride_w - 1) / s_.stride_w, 1, 0, false});
+                          (s_.W - j + s_.stride_w - 1) / s_.stride_w, 1, 0, false, false});
   }
 
   const SeparableArgs& args_;

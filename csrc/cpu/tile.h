@@ -140,12 +140,12 @@ class Tile {
     const int64_t next = int64_t{plan_.taps} * block_;
     if (direct_) {
       T* dst = const_cast<T*>(at<T>(y, image_, c0_, y_rows_.lo, y_cols_.lo));
-      call_.kernels.conv(
-          {x_pixels(), s_.R, s_.S, weights, next, bias, dst, y.h, y.w, rows, cols, blocks_, last(), streams(dst, y)});
+      call_.kernels.conv({x_pixels(), s_.R, s_.S, weights, next, bias, dst, y.h, y.w, rows, cols, blocks_, last(),
+                          plan_.far, streams(dst, y)});
       return;
     }
     call_.kernels.conv_staged({x_pixels(), s_.R, s_.S, weights, next, bias, scratch_.out, cols * tile_pixel(),
-                               tile_pixel(), rows, cols, blocks_, last(), false});
+                               tile_pixel(), rows, cols, blocks_, last(), false, false});
     store(y, s_.M, m, y_rows_, y_cols_);
   }
 
@@ -173,14 +173,14 @@ class Tile {
       const TensorRef dx = dense<T>(call_.args.dx, call_.args.nhwc, s_.C, s_.H, s_.W);
       T* dst = const_cast<T*>(at<T>(dx, image_, c0_, dx_rows_.lo + i, dx_cols_.lo + j));
       call_.kernels.conv({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init, dst,
-                          s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, blocks_, last(),
+                          s_.stride_h * dx.h, s_.stride_w * dx.w, out_rows, out_cols, blocks_, last(), plan_.far,
                           streams(dst, dx)});
       return;
     }
     const ptrdiff_t row = dx_cols_.size() * tile_pixel();
     call_.kernels.conv_staged({dy, tap_cols ? tap_rows : 0, tap_cols, weights, int64_t{plan_.taps} * block_, init,
                                scratch_.out + i * row + j * tile_pixel(), s_.stride_h * row, s_.stride_w * tile_pixel(),
-                               out_rows, out_cols, blocks_, last(), false});
+                               out_rows, out_cols, blocks_, last(), false, false});
   }
 
   void store_dx() {
@@ -194,13 +194,14 @@ class Tile {
     if (direct_) {
       const TensorRef& dy = call_.args.dy;
       call_.kernels.wgrad({x_pixels(), s_.R, s_.S, at<T>(dy, image_, c0_, y_rows_.lo, y_cols_.lo), dy.h, dy.w,
-                           y_rows_.size(), y_cols_.size(), blocks_, last(), dw, plan_.sums_per_block, plan_.large});
+                           y_rows_.size(), y_cols_.size(), blocks_, last(), dw, plan_.sums_per_block, plan_.far,
+                           plan_.large});
       return;
     }
     const ptrdiff_t row = dy_cols_.size() * tile_pixel();
     const A* dy = scratch_.dy + (y_rows_.lo - dy_rows_.lo) * row + (y_cols_.lo - dy_cols_.lo) * tile_pixel();
     call_.kernels.wgrad_staged({x_pixels(), s_.R, s_.S, dy, row, tile_pixel(), y_rows_.size(), y_cols_.size(), blocks_,
-                                last(), dw, plan_.sums_per_block, false});
+                                last(), dw, plan_.sums_per_block, false, false});
   }
 
   const Call<T>& call_;

@@ -82,6 +82,7 @@ template <class T, int kRows, int kStep, class F>
 inline void for_wgrad(const Wgrad<acc_t<T>>& g, F&& f) {
   constexpr int kLine = 64 / sizeof(T);
   const int stretch = g.stream && kStep > 0 ? 4 : 20, stretches = (g.cols + stretch - 1) / stretch;
+  const int ahead = g.far ? kRows : 0;  // a branch around the calls would cost more
   const Pixels dy{g.dy, g.dy_row, g.dy_pixel, g.rows, g.cols, 0, 0, 1, 1, 1, 1};
   for (int i = 0; i < g.rows; i += kRows) {
     const int below = g.x.first_row + (i + kRows - 1) * kStep + g.tap_rows;
@@ -92,8 +93,8 @@ inline void for_wgrad(const Wgrad<acc_t<T>>& g, F&& f) {
           const int packed = b * kBlock<acc_t<T>> + v;
           const ptrdiff_t at = b + 1 < g.blocks ? packed : g.last + v;
           if (kStep > 0 && packed % kLine == 0) {
-            prefetch<T>(dy, i + kRows, kRows, j, j_end - j, at);
-            prefetch<T>(g.x, below, kRows * kStep, g.x.first_col + j * kStep, (j_end - j) * kStep, at);
+            prefetch<T>(dy, i + kRows, ahead, j, j_end - j, at);
+            prefetch<T>(g.x, below, ahead * kStep, g.x.first_col + j * kStep, (j_end - j) * kStep, at);
           }
           f(i, j, j_end, at, g.dw + b * g.dw_step + v);
         }
