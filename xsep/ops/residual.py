@@ -81,9 +81,10 @@ def residual_sum(main: Branch, skip: Branch | None = None, pool: Pool = NO_POOL,
     dtypes = main.y.dtype, *(vector_dtype(main.y),) * 3
     tensors = zip((*main, *(skip or (None,) * 4)), dtypes * 2)
     arguments: list[Any] = [*(None if t is None else t.to(dtype) for t, dtype in tensors), *pool, relu]
-    _check(*arguments)
-    transformed = not is_compiling() and under_transform()
-    return (_run if has_residual_kernels(main.y) and not transformed else compose)(*arguments)
+    if has_residual_kernels(main.y) and (is_compiling() or not under_transform()):
+        return _run(*arguments)
+    _check(*arguments)  # as the operator does
+    return compose(*arguments)
 
 
 def why_not_residual_sum(p: Problem, chosen: Any) -> str | None:
