@@ -55,10 +55,10 @@ def test_named_shapes(name, dtype, layout, kernels):
     check_all_maps(NAMED[name], dtype, layout, kernels.device)
 
 
-# Beyond the caches, where the CPU kernels store past them and walk memory another way: pixels of whole and of ragged
-# cache lines, and a filter that only the general loops take.
+# Beyond the caches, where the CPU kernels store past them, walk memory another way and ask for it in advance: pixels of
+# whole and of ragged cache lines, a wide filter, and one that only the general loops take.
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "NHWC"])
-@pytest.mark.parametrize("C, R, S", [(96, 3, 3), (90, 3, 3), (90, 1, 4)])
+@pytest.mark.parametrize("C, R, S", [(96, 3, 3), (90, 3, 3), (90, 5, 5), (90, 1, 4)])
 def test_large_tensors(C, R, S, layout):
     case = Shape(3, C, 150, 161, R, S, 1, (1, 1), (R // 2, R // 2, S // 2, S // 2))
     w, bias = dense(case.w_sizes, torch.float32, 1), dense((C,), torch.float32, 2)

@@ -114,9 +114,8 @@ inline void conv_tile(const Conv<acc_t<T>>& c, const T* in, int row, int col, in
   }
 }
 
-// Asks for `rows` x `cols` pixels, as far as they exist, to come into the second-level cache.  Of large tensors, whose
-// channels lie apart by the pixel, hardware prefetchers do not follow all that tiles touch: pixels that the rows below
-// will need, or, where these are few, lines of outputs, which are read before they are written in part.
+// Asks for `rows` x `cols` pixels, as far as they exist, to come into the second-level cache: of large tensors, whose
+// channels lie apart by the pixel, hardware prefetchers do not follow all that a tile touches.
 template <class T>
 inline void prefetch(const Pixels& x, int row, int rows, int col, int cols, ptrdiff_t at) {
   const int row_end = row + rows < x.rows ? row + rows : x.rows, col_end = col + cols < x.cols ? col + cols : x.cols;
@@ -168,6 +167,8 @@ void conv_dense(const Conv<acc_t<T>>& args) {
             const int packed = b * kBlock<A> + v;
             const ptrdiff_t at = b + 1 < c.blocks ? packed : c.last + v;
             if (packed % kLine == 0 && c.far) {
+              // What the rows below will need; or the lines of outputs, which come to be read as well if they do not go
+              // past the caches, unless the pixels of a wide filter are more than hardware follows.
               if (c.stream || kTaps > 3)
                 prefetch<T>(c.in, below, kRows * kStep, col, kCols * kStep, at);
               else
