@@ -108,7 +108,10 @@ def _constants(p: Problem, on_load, config: Config, align: int, *tensors: Tensor
 
 
 def _empty(p: Problem, sizes, like: Tensor) -> Tensor:
-    return torch.empty(sizes, dtype=p.dtype, device=like.device, memory_format=p.memory_format)
+    # Inductor allocates torch.empty without its memory format and then copies what is in it into the other format.
+    N, C, H, W = sizes
+    strides = (H * W * C, 1, W * C, C) if p.nhwc else (C * H * W, H * W, W, 1)
+    return torch.empty_strided(sizes, strides, dtype=p.dtype, device=like.device)
 
 
 def fprop(
