@@ -105,6 +105,7 @@ def under(backend: str, call):
 
 def measure(variants, device: str, samples: int, max_seconds: float) -> dict[str, common.Times]:
     """On a GPU "torch" lets cuDNN try its algorithms, and "aten" is torch without cuDNN; "triton" is xsep's."""
+    variants = {**variants, **{name: under(name, variants["xsep"]) for name in backends_on(device)[1:]}}
     if device == "cpu":
         return common.interleaved(variants, samples, 2e-3, max_seconds)
 
@@ -113,8 +114,7 @@ def measure(variants, device: str, samples: int, max_seconds: float) -> dict[str
             return variants["torch"]()
 
     with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-        others = {name: under(name, variants["xsep"]) for name in backends_on(device)[1:]}
-        return common.gpu_interleaved({**variants, **others, "aten": without_cudnn}, samples)
+        return common.gpu_interleaved({**variants, "aten": without_cudnn}, samples)
 
 
 def check(shape: Shape, name: str, dtype: torch.dtype, layout: str, device: str = "cpu") -> None:

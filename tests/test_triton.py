@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import layers
 import needs
 import pytest
 import test_inference
@@ -335,6 +336,17 @@ def test_selftest(triton, monkeypatch, tmp_path, capsys):
             assert "failed in 'python -m xsep.selftest --backend triton'" in reason
     finally:
         triton_backend._why_failed.cache_clear()
+
+
+def test_a_column_of_the_benchmark(triton, monkeypatch, capsys):
+    """As on a GPU with CUDA kernels, whose times and Triton's stand side by side."""
+    monkeypatch.setattr(layers, "backends_on", lambda device: ["cpu", "triton"])
+    monkeypatch.setattr(layers, "NETWORKS", {"tiny": [Shape(1, 4, 5, 5, 3, 3, 1, (1, 1), (1, 1, 1, 1))]})
+    with xsep.backend("cpu"):
+        rows = layers.measure_all(["tiny"], [1], ["nhwc"], samples=1, max_seconds=0.0)
+    assert [row["pass"] for row in rows] == list(layers.PASSES)
+    assert all(row["triton_ms"] > row["ms"] > 0 for row in rows)  # the interpreter takes milliseconds
+    assert " triton ms " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("nhwc", [False, True], ids=["NCHW", "NHWC"])
