@@ -201,8 +201,8 @@ def programs(tmp_path_factory):
             "#include <cstdlib>\n"
             f'namespace xsep {{ inline const int planted_bug = std::atoi(std::getenv("{SWITCH}")); }}\n'
         )
-    build(folder, folder / "build", target="test_cuda_emulated")
-    build(folder, folder / "build", target="test_separable_cuda_emulated")
+    build(folder, folder / "build", "-DXSEP_EMULATE_CUDA=ON", target="test_cuda_emulated")
+    build(folder, folder / "build", "-DXSEP_EMULATE_CUDA=ON", target="test_separable_cuda_emulated")
     return folder / "build"
 
 

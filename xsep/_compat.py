@@ -20,10 +20,8 @@ except ImportError:
     flop_counter = None  # type: ignore[assignment]
 
 
-def is_compiling() -> bool:
-    """Whether ``torch.compile`` or ``torch.export`` is tracing the caller."""
-    compiler = getattr(torch, "compiler", None)
-    return compiler is not None and compiler.is_compiling()
+def _is_compiling() -> bool:
+    return False
 
 
 def fills_memory() -> bool:
@@ -99,9 +97,11 @@ def _register_flop_formula(targets: Any) -> Callable:
     return lambda formula: formula  # nothing counts
 
 
+is_compiling = torch.compiler.is_compiling if hasattr(torch, "compiler") else _is_compiling
 _has_queries = hasattr(torch, "get_autocast_dtype")
 autocast_dtype = torch.get_autocast_dtype if _has_queries else _autocast_dtype
 is_autocast_enabled = torch.is_autocast_enabled if _has_queries else _is_autocast_enabled
+any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # whether it may be, for some device
 disable_autocast = torch._C._DisableAutocast if _has_queries else _disable_autocast
 register_fake = getattr(torch.library, "register_fake", _register_fake)
 register_autograd = getattr(torch.library, "register_autograd", _register_autograd)

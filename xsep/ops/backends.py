@@ -94,6 +94,11 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> str | None:
+    """The name of the backend that is forced."""
+    return _forced
+
+
 def choose(problem: Problem) -> Backend:
     """The backend that runs ``problem``.  Raises ``ValueError`` for sizes that do not fit together."""
     chosen = _choose(problem, _forced)

@@ -265,7 +265,7 @@ def _no_derivative(ctx, *gradients):
 
 register_autograd("xsep::block", _backward, setup_context=_setup_context, lib=lib)
 register_autograd("xsep::block_backward", _no_derivative, setup_context=lambda ctx, inputs, output: None, lib=lib)
-run = unwatched(ops.block, _block, 6, 3, _setup_context, _backward)
+run = unwatched(ops.block, _block, 6, 3, _setup_context, _backward, compose)
 _gradients = unwatched(ops.block_backward, _block_backward, 11, 0)
 
 

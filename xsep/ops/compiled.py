@@ -14,7 +14,7 @@ from .problem import Problem
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 PASSES = ("fprop", "dgrad", "wgrad", "dgrad_wgrad")
 FPROP, DGRAD, WGRAD, DGRAD_WGRAD = range(4)
-_NONE = (0, 0, 0, 0)
+NONE = (0, 0, 0, 0)
 
 
 def load(name: str, advice: str) -> tuple[Any, str]:
@@ -39,31 +39,11 @@ def prepared(module: Any, pass_: int, p: Problem, relu: bool | None) -> tuple:
 
 def arguments(x, dy, w, bias, out, dw, on_load=None, sums=None) -> tuple:
     """The tensors of a call, or None for what its pass does not have, as a prepared call takes them."""
-    center, scale, shift = on_load[:3] if on_load is not None else (None, None, None)
-    dscale, dshift = sums if sums is not None else (None, None)
-    return (
-        *_located(x),
-        *_located(dy),
-        _pointer(w),
-        _pointer(bias),
-        _pointer(out),
-        _pointer(dw),
-        _pointer(center),
-        _pointer(scale),
-        _pointer(shift),
-        _pointer(dscale),
-        _pointer(dshift),
-    )
-
-
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _located(t: Tensor | None):
-    if t is None:
-        return 0, _NONE
-    return t.data_ptr(), t.stride()
+    vectors = (None, None, None) if on_load is None else on_load[:3]
+    made = (w, bias, out, dw, *vectors, *((None, None) if sums is None else sums))
+    x_at, x_strides = (0, NONE) if x is None else (x.data_ptr(), x.stride())
+    dy_at, dy_strides = (0, NONE) if dy is None else (dy.data_ptr(), dy.stride())
+    return (x_at, x_strides, dy_at, dy_strides, *[0 if t is None else t.data_ptr() for t in made])
 
 
 def readable(t: Tensor, p: Problem) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from .._compat import fills_memory, itemsize
-from .compiled import CHECKOUT, DTYPES, FPROP, CompiledBackend, arguments, load, prepared, readable
-from .problem import BlockProblem, Problem, vector_dtype
+from .compiled import CHECKOUT, DTYPES, FPROP, NONE, CompiledBackend, arguments, load, prepared, readable
+from .problem import BlockProblem, Problem, dense_strides, vector_dtype
 
 _C, _import_error = load("_C", CHECKOUT)
 _RECYCLED_BYTES = 1 << 20
@@ -32,6 +32,24 @@ class CpuBackend(CompiledBackend):
         if problem.dtype not in DTYPES:
             return f"it has no kernels for {problem.dtype}"
         return None
+
+    def prepared_fprop(self, p: Problem, x_strides, threads: int) -> Callable[..., Tensor] | None:
+        """``fprop`` of tensors like these, without a function on load; None where x cannot be read in place."""
+        if x_strides[1 if p.nhwc else 3] != 1:
+            return None
+        call, (strides, size) = _call(FPROP, p, threads), _dense(p.y, p.nhwc, p.dtype)
+
+        def run(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+            recycled = size >= _RECYCLED_BYTES
+            y = self._empty(p.y, p, x) if recycled else torch.empty_strided(p.y, strides, dtype=p.dtype)
+            w, bias = w.contiguous(), None if bias is None else bias.contiguous()
+            bias_at = 0 if bias is None else bias.data_ptr()
+            # arguments(...), of which most are none
+            tensors = (x.data_ptr(), x_strides, 0, NONE, w.data_ptr(), bias_at, y.data_ptr(), 0, 0, 0, 0, 0, 0)
+            call(tensors, _workspace(call.workspace_bytes).data_ptr())
+            return y
+
+        return run
 
     def why_not_block(self, b: BlockProblem, backward: bool) -> str | None:
         p = b.depthwise
@@ -110,9 +128,9 @@ class CpuBackend(CompiledBackend):
         return self._empty((N, b.K, P, Q), b.depthwise, x)
 
     def _empty(self, sizes, p: Problem, like: Tensor) -> Tensor:
-        size = math.prod(sizes) * itemsize(p.dtype)
+        strides, size = _dense(sizes, p.nhwc, p.dtype)
         if size < _RECYCLED_BYTES or not _C.recycles() or fills_memory():
-            return torch.empty(sizes, dtype=p.dtype, memory_format=p.memory_format)
+            return torch.empty_strided(sizes, strides, dtype=p.dtype)
         # No view of anything: torch refuses to change a view in place that an operator with a backward has made.
         return from_dlpack(_C.recycled(DTYPES[p.dtype], sizes, p.nhwc))
 
@@ -134,6 +152,12 @@ def prepared_fprop(p: Problem, x: Tensor, w: Tensor, y: Tensor) -> Callable[[], 
         call(tensors, address)
 
     return kernel
+
+
+@lru_cache(maxsize=4096)
+def _dense(sizes: tuple[int, ...], nhwc: bool, dtype: torch.dtype) -> tuple[tuple[int, ...], int]:
+    """Strides and bytes of an output."""
+    return dense_strides(sizes, nhwc), math.prod(sizes) * itemsize(dtype)
 
 
 @lru_cache(maxsize=4096)

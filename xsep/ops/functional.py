@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._compat import autocast_dtype, is_autocast_enabled, is_compiling
-from . import aten, backends, block, inference, library
+from .._compat import autocast_dtype, is_autocast_enabled
+from . import backends, block, inference, library
 from .geometry import Padding, Size2, pair, resolve_padding
 from .problem import BlockProblem, Problem, is_nhwc, vector_dtype
 
@@ -46,8 +46,7 @@ def depthwise_conv2d(
     """
     batched = _batched(input, "input")
     stride, pad, dilation = _geometry(batched, weight, stride, padding, dilation)
-    fprop = aten.compose if not is_compiling() and library.under_transform() else library.fprop
-    y = fprop(batched, weight, bias, stride, pad, dilation)
+    y = library.fprop(batched, weight, bias, stride, pad, dilation)
     return y if batched is input else y.squeeze(0)
 
 
@@ -125,9 +124,8 @@ def separable_block(
         raise ValueError(f"input must be (N, C, H, W); got shape {tuple(input.shape)}")
     geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
     center, scale, shift = (v if v is None else v.to(vector_dtype(input)) for v in (center, scale, shift))
-    run = block.compose if not is_compiling() and library.under_transform() else block.run
     tensors = input, depthwise_weight, pointwise_weight, center, scale, shift
-    y, mean, m2 = run(*tensors, relu, activation, *geometry, statistics)
+    y, mean, m2 = block.run(*tensors, relu, activation, *geometry, statistics)
     return (y, mean, m2) if statistics else (y, None, None)
 
 
@@ -191,8 +189,7 @@ def separable_block_inference(
                     "torch.no_grad(), or separable_block to train"
                 )
     geometry = _geometry(input, depthwise_weight, stride, padding, dilation, "depthwise_weight")
-    run: Callable = inference.compose if not is_compiling() and library.under_transform() else inference.run
-    return run(*tensors.values(), relu, activation, out_activation, *geometry)
+    return inference.run(*tensors.values(), relu, activation, out_activation, *geometry)
 
 
 def explain(
@@ -264,5 +261,7 @@ def _geometry(
 ) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int]]:
     if weight.dim() != 4:
         raise ValueError(f"{name} must be (C*M, 1, R, S); got shape {tuple(weight.shape)}")
+    if type(stride) is type(padding) is type(dilation) is int and stride > 0 and padding >= 0 and dilation > 0:
+        return (stride, stride), (padding,) * 4, (dilation, dilation)  # what most calls have, in a tenth of the time
     strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     return strides, resolve_padding(padding, x.shape[2:], weight.shape[2:], strides, dilations), dilations

@@ -14,6 +14,8 @@ Padding = Union[int, str, Sequence[int]]
 def pair(value: Size2, name: str, minimum: int) -> tuple[int, int]:
     """``value`` as (vertical, horizontal).  Raises ``ValueError`` naming the argument."""
     items = (value, value) if isinstance(value, int) else tuple(value)
+    if len(items) == 2 and type(items[0]) is type(items[1]) is int and items[0] >= minimum <= items[1]:
+        return items  # what most calls have
     if len(items) == 1:
         items = (items[0], items[0])
     if len(items) != 2 or not _at_least(minimum, items):

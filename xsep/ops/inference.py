@@ -91,7 +91,7 @@ def _no_derivative(ctx, *gradients):
 
 
 register_autograd("xsep::block_inference", _no_derivative, setup_context=lambda ctx, inputs, output: None, lib=lib)
-run = unwatched(ops.block_inference, _block_inference, 6, 6)
+run = unwatched(ops.block_inference, _block_inference, 6, 6, compose=compose)
 
 
 @register_flop_formula(ops.block_inference)

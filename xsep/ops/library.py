@@ -13,7 +13,7 @@ dgrad.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Callable
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.library import Library
 
 from .._compat import (
+    any_autocast,
     autocast_dtype,
     disable_autocast,
     is_autocast_enabled,
@@ -29,8 +30,8 @@ from .._compat import (
     register_fake,
     register_flop_formula,
 )
-from . import backends
-from .problem import Problem, check_same, check_sizes, is_nhwc, memory_format
+from . import aten, backends
+from .problem import Problem, check_alike, check_same, check_sizes, is_nhwc, memory_format, nhwc_strides
 
 GEOMETRY = "SymInt[2] stride, SymInt[4] pad, SymInt[2] dilation"
 
@@ -45,8 +46,17 @@ _AUTOCAST = ("cpu", "cuda")  # the devices whose autocast the operators follow
 
 
 def problem_of(t: Tensor, nhwc: bool, x_sizes, w_sizes, stride, pad, dilation) -> Problem:
-    geometry = tuple(stride), tuple(pad), tuple(dilation)
-    return Problem(t.device.type, t.dtype, nhwc, tuple(x_sizes), tuple(w_sizes), *geometry, t.get_device())
+    sizes = tuple(x_sizes), tuple(w_sizes), tuple(stride), tuple(pad), tuple(dilation)
+    try:
+        return _problem(t.device, t.dtype, nhwc, *sizes)
+    except TypeError:  # the symbolic sizes of fakes have no hash
+        return _problem.__wrapped__(t.device, t.dtype, nhwc, *sizes)
+
+
+@lru_cache(maxsize=4096)
+def _problem(device: torch.device, dtype: torch.dtype, nhwc: bool, x, w, stride, pad, dilation) -> Problem:
+    index = -1 if device.type == "cpu" or device.index is None else device.index
+    return Problem(device.type, dtype, nhwc, x, w, stride, pad, dilation, index)
 
 
 def _check_dy(dy: Tensor, sizes) -> None:
@@ -54,19 +64,30 @@ def _check_dy(dy: Tensor, sizes) -> None:
         raise ValueError(f"dy must have shape {tuple(sizes)}; got {tuple(dy.shape)}")
 
 
-def _check_bias(x: Tensor, w: Tensor, bias: Tensor | None) -> None:
-    if bias is not None:
-        check_same("input", x, "bias", bias)
-        if tuple(bias.shape) != (w.shape[0],):
-            raise ValueError(f"bias must have shape ({w.shape[0]},); got {tuple(bias.shape)}")
+def _check_bias(x_kind: tuple, w_sizes, kind: tuple, sizes) -> None:
+    check_alike("input", x_kind, "bias", kind)
+    if tuple(sizes) != (w_sizes[0],):
+        raise ValueError(f"bias must have shape ({w_sizes[0]},); got {tuple(sizes)}")
 
 
 def _fprop(x, w, bias, stride, pad, dilation):
-    check_same("input", x, "weight", w)
+    like = (x.dtype, x.device), x.shape, x.stride(), (w.dtype, w.device), w.shape
+    like_bias = None if bias is None else ((bias.dtype, bias.device), bias.shape)
+    geometry = tuple(stride), tuple(pad), tuple(dilation)
+    return _fprop_like(*like, like_bias, geometry, backends.forced(), torch.get_num_threads())(x, w, bias)
+
+
+@lru_cache(maxsize=4096)
+def _fprop_like(x_kind, sizes, strides, w_kind, w_sizes, bias, geometry, forced, threads) -> Callable:
+    """``_fprop`` of tensors alike: finding out what does not depend on their data takes longer than small kernels."""
+    check_alike("input", x_kind, "weight", w_kind)
     if bias is not None:
-        _check_bias(x, w, bias)
-    p = problem_of(x, x.dim() == 4 and is_nhwc(x), x.shape, w.shape, stride, pad, dilation)
-    return backends.choose(p).fprop(p, x, w, bias)
+        _check_bias(x_kind, w_sizes, *bias)
+    dtype, device = x_kind
+    p = _problem(device, dtype, len(sizes) == 4 and nhwc_strides(strides), tuple(sizes), tuple(w_sizes), *geometry)
+    prepare = getattr(backends.choose(p), "prepared_fprop", None)
+    run = None if prepare is None else prepare(p, strides, threads)
+    return run or (lambda x, w, bias: backends.choose(p).fprop(p, x, w, bias))
 
 
 def _dgrad(dy, w, x_sizes, stride, pad, dilation):
@@ -111,18 +132,17 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _watched(*arguments) -> bool:
-    """Whether a subclass, mode, tracer or profiler has to see an operator; where none has, its kernel can be called.
+def _watched() -> bool:
+    """Whether a mode, transform, tracer or profiler has to see operators.
 
-    torch's dispatcher takes longer than small kernels: about 12 us, and several times that with a backward in Python.
+    Where none has, nor a subclass of Tensor, a kernel can be called: torch's dispatcher takes longer than small
+    kernels, about 12 us, and several times that with a backward in Python.
     """
     return bool(
-        is_compiling()
-        or any(type(t) not in _PLAIN for t in arguments)
+        under_transform()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._get_tracing_state()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._autograd._profiler_enabled()
     )
 
@@ -165,25 +185,33 @@ def unwatched(
     cast: int | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
+    compose: Callable | None = None,
 ) -> Callable:
     """``operator``, with as little between caller and ``kernel`` as gradients and autocast allow.
 
     The first ``count`` arguments are tensors or None.  ``cast`` is ``register_autocast``'s count, if that was called,
     ``setup_context`` and ``backward`` are ``register_autograd``'s; without them gradients are left to the operator.
+    ``compose`` makes the same of torch's own operators, for ``torch.func`` transforms and forward-mode AD.
     """
     with_gradients = operator
     if setup_context is not None and backward is not None:
         with_gradients = _function(kernel, setup_context, backward).apply
 
     def call(*arguments):
-        tensors = [t for t in arguments[:count] if t is not None]
-        if _watched(*tensors):
+        if is_compiling():
             return operator(*arguments)
-        device_type = tensors[0].device.type
-        if cast is not None and device_type in _AUTOCAST and is_autocast_enabled(device_type):
-            return _under_autocast(device_type, call, cast, *arguments)
-        needs = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        return (with_gradients if needs else kernel)(*arguments)
+        some: Any = None  # of the tensors
+        plain, needs = True, False
+        for t in arguments[:count]:
+            if t is not None:
+                some, plain, needs = t, plain and type(t) in _PLAIN, needs or t.requires_grad
+        if not plain or _watched():
+            return (compose if compose is not None and under_transform() else operator)(*arguments)
+        if cast is not None and any_autocast():
+            device_type = some.device.type
+            if device_type in _AUTOCAST and is_autocast_enabled(device_type):
+                return _under_autocast(device_type, call, cast, *arguments)
+        return (with_gradients if needs and torch.is_grad_enabled() else kernel)(*arguments)
 
     return call
 
@@ -191,7 +219,8 @@ def unwatched(
 @register_fake("xsep::fprop", lib=lib)
 def _(x, w, bias, stride, pad, dilation):
     check_same("input", x, "weight", w)
-    _check_bias(x, w, bias)
+    if bias is not None:
+        _check_bias((x.dtype, x.device), w.shape, (bias.dtype, bias.device), bias.shape)
     sizes = check_sizes(x.shape, w.shape, stride, pad, dilation)
     return torch.empty(sizes, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
@@ -282,7 +311,7 @@ register_autograd("xsep::wgrad", _wgrad_backward, setup_context=_keep(2), lib=li
 register_autograd("xsep::dgrad_wgrad", _dgrad_wgrad_backward, setup_context=_keep(3), lib=lib)
 register_autocast("fprop", 3)
 
-fprop = unwatched(ops.fprop, _fprop, 3, 3, _keep(2), _fprop_backward)
+fprop = unwatched(ops.fprop, _fprop, 3, 3, _keep(2), _fprop_backward, aten.compose)
 dgrad = unwatched(ops.dgrad, _dgrad, 2)
 wgrad = unwatched(ops.wgrad, _wgrad, 2)
 dgrad_wgrad = unwatched(ops.dgrad_wgrad, _dgrad_wgrad, 3)

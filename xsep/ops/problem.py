@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple, Sequence
 
 import torch
@@ -10,9 +11,7 @@ from torch import Tensor
 from .geometry import output_extent
 
 
-class Problem(NamedTuple):
-    """x is (N, C, H, W), w is (C*M, 1, R, S), y is (N, C*M, P, Q); pad is (top, bottom, left, right)."""
-
+class _Fields(NamedTuple):
     device: str
     dtype: torch.dtype
     nhwc: bool
@@ -23,7 +22,11 @@ class Problem(NamedTuple):
     dilation: tuple[int, ...]
     device_index: int = -1  # -1: the CPU
 
-    @property
+
+class Problem(_Fields):  # a tuple that keeps what was computed of it
+    """x is (N, C, H, W), w is (C*M, 1, R, S), y is (N, C*M, P, Q); pad is (top, bottom, left, right)."""
+
+    @cached_property
     def y(self) -> tuple[int, ...]:
         return output_sizes(self.x, self.w, self.stride, self.pad, self.dilation)
 
@@ -52,7 +55,12 @@ class BlockProblem(NamedTuple):
 
 def is_nhwc(t: Tensor) -> bool:
     """Whether the channels are the contiguous axis; slices of channels_last tensors count, NCHW wins where both fit."""
-    return t.stride(1) == 1 and t.stride(3) != 1
+    return nhwc_strides(t.stride())
+
+
+def nhwc_strides(strides: Sequence[int]) -> bool:
+    """``is_nhwc`` of a tensor with these."""
+    return strides[1] == 1 and strides[3] != 1
 
 
 def memory_format(t: Tensor) -> torch.memory_format:
@@ -63,6 +71,12 @@ def output_sizes(x: Sequence[int], w: Sequence[int], stride, pad, dilation) -> t
     P = output_extent(x[2], w[2], stride[0], pad[0], pad[1], dilation[0])
     Q = output_extent(x[3], w[3], stride[1], pad[2], pad[3], dilation[1])
     return x[0], w[0], P, Q
+
+
+def dense_strides(sizes: Sequence[int], nhwc: bool) -> tuple[int, ...]:
+    """Of a tensor (N, C, H, W)."""
+    _, C, H, W = sizes
+    return (C * H * W, 1, C * W, C) if nhwc else (C * H * W, H * W, W, 1)
 
 
 def check_sizes(x: Sequence[int], w: Sequence[int], stride, pad, dilation, weight="weight") -> tuple[int, ...]:
@@ -99,7 +113,12 @@ def vector_dtype(t: Tensor) -> torch.dtype:
 
 def check_same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Raises unless two tensors share dtype and device, as ``F.conv2d`` does."""
-    if a.dtype != b.dtype:
-        raise TypeError(f"{name_a} and {name_b} must have the same dtype; got {a.dtype} and {b.dtype}")
-    if a.device != b.device:
-        raise ValueError(f"{name_a} and {name_b} must be on the same device; got {a.device} and {b.device}")
+    check_alike(name_a, (a.dtype, a.device), name_b, (b.dtype, b.device))
+
+
+def check_alike(name_a: str, a: tuple, name_b: str, b: tuple) -> None:
+    """``check_same`` of (dtype, device)."""
+    if a[0] != b[0]:
+        raise TypeError(f"{name_a} and {name_b} must have the same dtype; got {a[0]} and {b[0]}")
+    if a[1] != b[1]:
+        raise ValueError(f"{name_a} and {name_b} must be on the same device; got {a[1]} and {b[1]}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.runtime import JITFunction
 
 from .._compat import itemsize
-from ..ops.problem import BlockProblem, Problem
+from ..ops.problem import BlockProblem, Problem, dense_strides
 from . import configs
 from .block import block_dgrad_kernel, block_kernel, block_wgrad_kernel, through_statistics_kernel
 from .configs import DGRAD, DGRAD_WGRAD, FPROP, HELD, WGRAD, BlockConfig, Config, GradientsConfig, ceil_div
@@ -109,9 +109,7 @@ def _constants(p: Problem, on_load, config: Config, align: int, *tensors: Tensor
 
 def _empty(p: Problem, sizes, like: Tensor) -> Tensor:
     # Inductor allocates torch.empty without its memory format and then copies what is in it into the other format.
-    N, C, H, W = sizes
-    strides = (H * W * C, 1, W * C, C) if p.nhwc else (C * H * W, H * W, W, 1)
-    return torch.empty_strided(sizes, strides, dtype=p.dtype, device=like.device)
+    return torch.empty_strided(sizes, dense_strides(sizes, p.nhwc), dtype=p.dtype, device=like.device)
 
 
 def fprop(
