@@ -372,6 +372,27 @@ def test_autocast_follows_the_active_dtype(dtype, backend):
     assert all(torch.equal(*pair) for pair in zip(outputs, (y, mean, m2)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_float32_with_halves(dtype, backend):
+    """They are rounded; backward keeps them as they are."""
+    if not needs.convolves(dtype, backend.device):
+        pytest.skip(f"torch {torch.__version__} does not convolve {dtype} on the {backend.device}")
+    x, *vectors, w_dw, w_pw = leaves(torch.float32, device=backend.device)
+    x = x.detach().to(dtype).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        y, _, m2 = xsep.separable_block(x, *vectors, True, w_dw, w_pw)
+    assert {w_dw.data_ptr(), w_pw.data_ptr()} < set(kept)
+    found = torch.autograd.grad(y.sum() + m2.sum(), (x, w_dw, w_pw))
+    narrow = [w.detach().to(dtype).requires_grad_() for w in (w_dw, w_pw)]
+    expected_y, _, expected_m2 = xsep.separable_block(x, *vectors, True, *narrow)
+    expected = torch.autograd.grad(expected_y.sum() + expected_m2.sum(), (x, *narrow))
+    assert torch.equal(y, expected_y) and [t.dtype for t in found] == [dtype, torch.float32, torch.float32]
+    assert all(torch.equal(mine, theirs.to(mine.dtype)) for mine, theirs in zip(found, expected))
+    with pytest.raises(TypeError, match="input and pointwise_weight must have the same dtype"):
+        xsep.separable_block(x.float(), *vectors, True, w_dw, narrow[1])
+
+
 def test_backward_under_autocast_is_in_the_dtype_of_forward():
     for name in ("cpu", "aten"):
         with xsep.backend(name):

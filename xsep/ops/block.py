@@ -6,7 +6,8 @@
     mean, m2 = per channel of y: the mean, and the sum of the squared deviations from it
 
 x is (N, C, H, W), w_dw (C*M, 1, R, S), w_pw (K, C*M, 1, 1), y (N, K, P, Q).  The vectors are of float32, or of float64
-with x.  Of all this backward keeps x, y, the weights and the vectors; it makes u and z again.
+with x.  The weights are of x's dtype, or of float32 with halves: then each pass rounds them to x's dtype, and backward
+keeps the parameters.  Of all this it keeps x, y, the weights and the vectors; it makes u and z again.
 
 A backend may have kernels for a pass (``backends.FusedBackend``).  Otherwise it is composed of the backend's depthwise
 maps and torch's pointwise convolution: z is stored while a pass runs, u only by the ``aten`` backend.
@@ -14,6 +15,7 @@ maps and torch's pointwise convolution: z is stored while a pass runs, u only by
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from .._compat import disable_autocast, register_autograd, register_fake, regist
 from . import aten, backends
 from .library import (
     GEOMETRY,
+    cast,
+    cast_first,
     differentiable_gradients,
     flops,
     implement,
@@ -33,7 +37,7 @@ from .library import (
     register_autocast,
     unwatched,
 )
-from .problem import BlockProblem, check_same, check_sizes, is_nhwc, memory_format, output_sizes, vector_dtype
+from .problem import BlockProblem, check_alike, check_sizes, is_nhwc, memory_format, output_sizes, vector_dtype
 
 _PART_ELEMENTS = 1 << 22  # of y that are widened to the vectors' dtype at a time
 
@@ -51,7 +55,7 @@ lib.define(
 
 def compose(x, w_dw, w_pw, center, scale, shift, relu, activation, stride, pad, dilation, statistics):
     """``xsep::block`` of torch's own operators: differentiable by torch as often as wanted; it keeps u, z and y."""
-    on_load = _on_load(x, center, scale, shift, relu)
+    w_dw, w_pw, on_load = w_dw.to(x.dtype), w_pw.to(x.dtype), _on_load(x, center, scale, shift, relu)
     u = x if on_load is None else aten.function_on_load(x, on_load).to(x.dtype)
     z = aten.compose(u, w_dw, None, stride, pad, dilation)
     y = F.conv2d(_activated(z, activation), w_pw)
@@ -71,7 +75,7 @@ def _block(x, w_dw, w_pw, center, scale, shift, relu, activation, stride, pad, d
     _check(x, w_dw, w_pw, center, scale, shift, stride, pad, dilation)
     p = problem_of(x, is_nhwc(x), x.shape, w_dw.shape, stride, pad, dilation)
     chosen: Any = backends.choose(p)
-    on_load = _on_load(x, center, scale, shift, relu)
+    w_dw, w_pw, on_load = w_dw.to(x.dtype), w_pw.to(x.dtype), _on_load(x, center, scale, shift, relu)
     b = BlockProblem(p, w_pw.shape[0], on_load is not None, activation)
     if backends.why_not_block(b, chosen, backward=False) is None:
         return chosen.block(b, x, w_dw, w_pw, on_load, statistics)
@@ -87,35 +91,29 @@ def _block_backward(
     chosen: Any = backends.choose(p)
     on_load = _on_load(x, center, scale, shift, relu)
     b = BlockProblem(p, w_pw.shape[0], on_load is not None, activation)
-    if backends.why_not_block(b, chosen, backward=True) is None:
-        dx, dw_dw, dw_pw, dscale, dshift = chosen.block_backward(b, dy, dmean, dm2, y, mean, x, w_dw, w_pw, on_load)
-        return dx, dw_dw, dw_pw, *_vector_gradients(x, on_load, dscale, dshift)
+    fused = backends.why_not_block(b, chosen, backward=True) is None
+    run = chosen.block_backward if fused else partial(_compose_backward, chosen)
+    weights = w_dw.to(x.dtype), w_pw.to(x.dtype)
+    dx, dw_dw, dw_pw, dscale, dshift = run(b, dy, dmean, dm2, y, mean, x, *weights, on_load)
+    return dx, dw_dw.to(w_dw.dtype), dw_pw.to(w_pw.dtype), *_vector_gradients(x, on_load, dscale, dshift)
+
+
+def _compose_backward(chosen, b: BlockProblem, dy, dmean, dm2, y, mean, x, w_dw, w_pw, on_load):
+    """``FusedBackend.block_backward`` of the backend's depthwise maps and torch's pointwise convolution."""
+    p = b.depthwise
     if dmean is not None or dm2 is not None:
         dy = _through_statistics(dy, dmean, dm2, y, mean)
     dy = dy.contiguous(memory_format=p.memory_format)
     v = chosen.fprop(p, x, w_dw, None, on_load)
-    dz, dw_pw, _ = torch.ops.aten.convolution_backward(
-        dy,
-        _activated(v, activation),
-        _pointwise(w_pw),
-        None,
-        (1, 1),
-        (0, 0),
-        (1, 1),
-        False,
-        (0, 0),
-        1,
-        (True, True, False),
-    )
-    del dy
-    dv = _activation_backward(dz, v, activation).contiguous(memory_format=p.memory_format)
+    z, options = _activated(v, b.activation), ((1, 1), (0, 0), (1, 1), False, (0, 0), 1, (True, True, False))
+    dz, dw_pw, _ = torch.ops.aten.convolution_backward(dy, z, _pointwise(w_pw), None, *options)
+    del dy, z
+    dv = _activation_backward(dz, v, b.activation).contiguous(memory_format=p.memory_format)
     del dz, v
-    dscale = dshift = None
     if on_load is None:
-        dx, dw_dw = chosen.dgrad_wgrad(p, dv, x, w_dw)
-    else:
-        dx, dw_dw, dscale, dshift = chosen.dgrad_wgrad_on_load(p, dv, x, w_dw, on_load)
-    return dx, dw_dw, dw_pw.contiguous(), *_vector_gradients(x, on_load, dscale, dshift)
+        return (*chosen.dgrad_wgrad(p, dv, x, w_dw), dw_pw.contiguous(), None, None)
+    dx, dw_dw, dscale, dshift = chosen.dgrad_wgrad_on_load(p, dv, x, w_dw, on_load)
+    return dx, dw_dw, dw_pw.contiguous(), dscale, dshift
 
 
 def _vector_gradients(x: Tensor, on_load, dscale, dshift) -> tuple[Tensor, ...]:
@@ -125,10 +123,16 @@ def _vector_gradients(x: Tensor, on_load, dscale, dshift) -> tuple[Tensor, ...]:
     return -on_load[1] * dshift, dscale, dshift
 
 
+def _casts(dtype: torch.dtype, arguments: tuple) -> tuple:
+    """Under autocast; weights of float32 are rounded by the passes, so that no rounded ones are kept."""
+    x, *weights = arguments[:3]
+    return cast(x, dtype), *(w if w.dtype == torch.float32 else cast(w, dtype) for w in weights), *arguments[3:]
+
+
 implement("block", _block)
 implement("block_backward", _block_backward)
-register_autocast("block", 3)
-register_autocast("block_backward", 0)
+register_autocast("block", _casts)
+register_autocast("block_backward", cast_first(0))
 
 
 def _check(x, w_dw, w_pw, center, scale, shift, stride, pad, dilation) -> tuple[int, ...]:
@@ -136,7 +140,8 @@ def _check(x, w_dw, w_pw, center, scale, shift, stride, pad, dilation) -> tuple[
     if not x.is_floating_point():
         raise TypeError(f"input must be of a floating-point dtype; got {x.dtype}")
     for name, weight in (("depthwise_weight", w_dw), ("pointwise_weight", w_pw)):
-        check_same("input", x, name, weight)
+        dtype = weight.dtype if weight.dtype == vector_dtype(x) else x.dtype
+        check_alike("input", (dtype, x.device), name, (weight.dtype, weight.device))
     sizes = check_sizes(x.shape, w_dw.shape, stride, pad, dilation, "depthwise_weight")
     if w_pw.dim() != 4 or tuple(w_pw.shape[1:]) != (sizes[1], 1, 1) or w_pw.shape[0] < 1:
         raise ValueError(f"pointwise_weight must be (K, {sizes[1]}, 1, 1); got shape {tuple(w_pw.shape)}")
@@ -234,7 +239,7 @@ def _(dy, dmean, dm2, y, mean, x, w_dw, w_pw, center, scale, shift, relu, activa
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     on_load = center is not None or scale is not None or shift is not None or relu
     vectors = (x.new_empty(x.shape[1] if on_load else 0, dtype=vector_dtype(x)) for _ in range(3))
-    return dx, x.new_empty(w_dw.shape), x.new_empty(w_pw.shape), *vectors
+    return dx, w_dw.new_empty(w_dw.shape), w_pw.new_empty(w_pw.shape), *vectors
 
 
 def _setup_context(ctx, inputs, output):
@@ -265,8 +270,8 @@ def _no_derivative(ctx, *gradients):
 
 register_autograd("xsep::block", _backward, setup_context=_setup_context, lib=lib)
 register_autograd("xsep::block_backward", _no_derivative, setup_context=lambda ctx, inputs, output: None, lib=lib)
-run = unwatched(ops.block, _block, 6, 3, _setup_context, _backward, compose)
-_gradients = unwatched(ops.block_backward, _block_backward, 11, 0)
+run = unwatched(ops.block, _block, 6, _casts, _setup_context, _backward, compose)
+_gradients = unwatched(ops.block_backward, _block_backward, 11, cast_first(0))
 
 
 @register_flop_formula(ops.block)

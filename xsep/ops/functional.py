@@ -97,7 +97,7 @@ def separable_block(
         input: (N, C, H, W), float64, float32, float16 or bfloat16, in either memory format.
         center, scale, shift: (C,), of any floating-point dtype, or None for 0, 1 and 0.
         relu: whether there is the ReLU.
-        depthwise_weight: (C*M, 1, R, S), dtype and device of ``input``.
+        depthwise_weight: (C*M, 1, R, S), device of ``input``, and its dtype or, with halves, float32, which is rounded.
         pointwise_weight: (K, C*M, 1, 1), likewise.
         stride, padding, dilation: of the depthwise convolution, as in ``depthwise_conv2d``.
         activation: between the convolutions: None, ``'relu'`` or ``'elu'``.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .._compat import pointwise_conv2d, register_autograd, register_fake, register_flop_formula
 from . import aten, backends, block
-from .library import GEOMETRY, flops, implement, lib, ops, problem_of, register_autocast, unwatched
+from .library import GEOMETRY, cast_first, flops, implement, lib, ops, problem_of, register_autocast, unwatched
 from .problem import BlockProblem, check_same, is_nhwc, memory_format, output_sizes
 
 ACTIVATIONS = (None, "relu", "relu6")
@@ -56,11 +56,13 @@ def _block_inference(x, w_dw, w_pw, w_dw_bias, bias, residual, relu, activation,
 
 
 implement("block_inference", _block_inference)
-register_autocast("block_inference", 6)
+register_autocast("block_inference", cast_first(6))
 
 
 def _check(x, w_dw, w_pw, w_dw_bias, bias, residual, stride, pad, dilation) -> tuple[int, ...]:
     """The sizes of y.  Raises ``ValueError`` or ``TypeError`` naming the argument that does not fit."""
+    for name, weight in (("depthwise_weight", w_dw), ("pointwise_weight", w_pw)):
+        check_same("input", x, name, weight)
     N, hidden, P, Q = block._check(x, w_dw, w_pw, None, None, None, stride, pad, dilation)
     sizes = N, w_pw.shape[0], P, Q
     for name, t, expected in (
@@ -91,7 +93,7 @@ def _no_derivative(ctx, *gradients):
 
 
 register_autograd("xsep::block_inference", _no_derivative, setup_context=lambda ctx, inputs, output: None, lib=lib)
-run = unwatched(ops.block_inference, _block_inference, 6, 6, compose=compose)
+run = unwatched(ops.block_inference, _block_inference, 6, cast_first(6), compose=compose)
 
 
 @register_flop_formula(ops.block_inference)

@@ -147,24 +147,29 @@ def _watched() -> bool:
     )
 
 
-def _under_autocast(device_type: str, run: Callable, count: int, *arguments):
-    # torch.library.register_autocast fixes one dtype; this follows the active one, and like torch leaves float64 alone.
+Cast = Callable[[torch.dtype, tuple], tuple]  # (the active dtype, an operator's arguments): what it is called with
+
+
+def cast_first(count: int) -> Cast:
+    """The first ``count`` arguments, tensors or None, take the active dtype; like torch this leaves float64 alone."""
+    return lambda dtype, arguments: (*(cast(t, dtype) for t in arguments[:count]), *arguments[count:])
+
+
+def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+
+
+def _under_autocast(device_type: str, run: Callable, casts: Cast, *arguments):
+    # torch.library.register_autocast fixes one dtype; this follows the active one.
     dtype = autocast_dtype(device_type)
-
-    def cast(t):
-        return t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-
     with disable_autocast():
-        return run(*map(cast, arguments[:count]), *arguments[count:])
+        return run(*casts(dtype, arguments))
 
 
-def register_autocast(name: str, count: int) -> None:
-    """Under autocast the first ``count`` arguments of an operator, tensors or None, take the active dtype.
-
-    Nothing that the operator calls is cast.
-    """
+def register_autocast(name: str, casts: Cast) -> None:
+    """What ``casts`` does to the arguments of an operator under autocast.  Nothing that the operator calls is cast."""
     for device_type in _AUTOCAST:
-        kernel = partial(_under_autocast, device_type, getattr(ops, name), count)
+        kernel = partial(_under_autocast, device_type, getattr(ops, name), casts)
         lib.impl(name, kernel, "Autocast" + device_type.upper())
 
 
@@ -182,14 +187,14 @@ def unwatched(
     operator,
     kernel: Callable,
     count: int,
-    cast: int | None = None,
+    casts: Cast | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     compose: Callable | None = None,
 ) -> Callable:
     """``operator``, with as little between caller and ``kernel`` as gradients and autocast allow.
 
-    The first ``count`` arguments are tensors or None.  ``cast`` is ``register_autocast``'s count, if that was called,
+    The first ``count`` arguments are tensors or None.  ``casts`` is ``register_autocast``'s, if that was called,
     ``setup_context`` and ``backward`` are ``register_autograd``'s; without them gradients are left to the operator.
     ``compose`` makes the same of torch's own operators, for ``torch.func`` transforms and forward-mode AD.
     """
@@ -207,10 +212,10 @@ def unwatched(
                 some, plain, needs = t, plain and type(t) in _PLAIN, needs or t.requires_grad
         if not plain or _watched():
             return (compose if compose is not None and under_transform() else operator)(*arguments)
-        if cast is not None and any_autocast():
+        if casts is not None and any_autocast():
             device_type = some.device.type
             if device_type in _AUTOCAST and is_autocast_enabled(device_type):
-                return _under_autocast(device_type, call, cast, *arguments)
+                return _under_autocast(device_type, call, casts, *arguments)
         return (with_gradients if needs and torch.is_grad_enabled() else kernel)(*arguments)
 
     return call
@@ -309,9 +314,9 @@ register_autograd("xsep::fprop", _fprop_backward, setup_context=_keep(2), lib=li
 register_autograd("xsep::dgrad", _dgrad_backward, setup_context=_keep(2), lib=lib)
 register_autograd("xsep::wgrad", _wgrad_backward, setup_context=_keep(2), lib=lib)
 register_autograd("xsep::dgrad_wgrad", _dgrad_wgrad_backward, setup_context=_keep(3), lib=lib)
-register_autocast("fprop", 3)
+register_autocast("fprop", cast_first(3))
 
-fprop = unwatched(ops.fprop, _fprop, 3, 3, _keep(2), _fprop_backward, aten.compose)
+fprop = unwatched(ops.fprop, _fprop, 3, cast_first(3), _keep(2), _fprop_backward, aten.compose)
 dgrad = unwatched(ops.dgrad, _dgrad, 2)
 wgrad = unwatched(ops.wgrad, _wgrad, 2)
 dgrad_wgrad = unwatched(ops.dgrad_wgrad, _dgrad_wgrad, 3)
