@@ -198,7 +198,7 @@ def print_backends(args: argparse.Namespace) -> None:
 
 def measure(runs: list[Run], bench: str, args: argparse.Namespace) -> list[dict]:
     """A row per run, from interleaved steps."""
-    memory: dict[Run, int | None] = {}
+    memory: dict[Run, int | None] = dict.fromkeys(runs)
     samples: dict[Run, list[float]] = {run: [] for run in runs}
     for run in runs:
         run.prepare(bench)
@@ -206,7 +206,7 @@ def measure(runs: list[Run], bench: str, args: argparse.Namespace) -> list[dict]
     with tqdm(total=rounds * len(runs), desc=bench, unit="step", disable=None) as progress:
         for i in range(rounds):
             for run in runs:
-                if i == args.num_warm_iter - 1:
+                if 0 < i == args.num_warm_iter - 1:  # the first step allocates what stays
                     memory[run] = run.peak_memory(bench)
                 elif i < args.num_warm_iter:
                     run.timed(bench)
@@ -332,7 +332,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--torchcompile", action="store_true", help="a third variant: torch's, through torch.compile")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if torch can use a GPU")
-    add("--num-warm-iter", type=int, default=2, help="steps before timing, of each variant (default 2)")
+    add("--num-warm-iter", type=int, default=2, help="steps before timing, of each variant (default 2; memory: from 2)")
     add("--num-bench-iter", type=int, default=5, help="timed steps of each variant (default 5)")
     add("--layers", action="store_true", help="also time each depthwise layer of Xception (see layers.py)")
     add(
