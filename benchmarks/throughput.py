@@ -205,14 +205,16 @@ def measure(runs: list[Run], bench: str, args: argparse.Namespace) -> list[dict]
     rounds = args.num_warm_iter + args.num_bench_iter
     with tqdm(total=rounds * len(runs), desc=bench, unit="step", disable=None) as progress:
         for i in range(rounds):
-            for run in runs:
-                if 0 < i == args.num_warm_iter - 1:  # the first step allocates what stays
-                    memory[run] = run.peak_memory(bench)
-                elif i < args.num_warm_iter:
-                    run.timed(bench)
-                else:
-                    samples[run].append(run.timed(bench))
-                progress.update()
+            # The first step allocates what stays, and should leave no holes in the heap for the second to fill.
+            with freed_memory_returned() if i == 0 else contextlib.nullcontext():
+                for run in runs:
+                    if i == 1 < args.num_warm_iter:
+                        memory[run] = run.peak_memory(bench)
+                    elif i < args.num_warm_iter:
+                        run.timed(bench)
+                    else:
+                        samples[run].append(run.timed(bench))
+                    progress.update()
     medians = {(run.name, run.variant): common.times(samples[run]).median for run in runs}
     rows = []
     for run in runs:
@@ -332,7 +334,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="default: bfloat16")
     add("--torchcompile", action="store_true", help="a third variant: torch's, through torch.compile")
     add("--device", choices=("cpu", "cuda"), help="default: cuda if torch can use a GPU")
-    add("--num-warm-iter", type=int, default=2, help="steps before timing, of each variant (default 2; memory: from 2)")
+    add(
+        "--num-warm-iter",
+        type=int,
+        default=3,
+        help="steps before timing, of each variant (default 3; the second for memory)",
+    )
     add("--num-bench-iter", type=int, default=5, help="timed steps of each variant (default 5)")
     add("--layers", action="store_true", help="also time each depthwise layer of Xception (see layers.py)")
     add(
