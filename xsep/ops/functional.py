@@ -262,6 +262,6 @@ def _geometry(
     if weight.dim() != 4:
         raise ValueError(f"{name} must be (C*M, 1, R, S); got shape {tuple(weight.shape)}")
     if type(stride) is type(padding) is type(dilation) is int and stride > 0 and padding >= 0 and dilation > 0:
-        return (stride, stride), (padding,) * 4, (dilation, dilation)  # what most calls have, in a tenth of the time
+        return (stride, stride), (padding,) * 4, (dilation, dilation)  # what most calls have
     strides, dilations = pair(stride, "stride", 1), pair(dilation, "dilation", 1)
     return strides, resolve_padding(padding, x.shape[2:], weight.shape[2:], strides, dilations), dilations
