@@ -61,9 +61,9 @@ register_autocast("block_inference", cast_first(6))
 
 def _check(x, w_dw, w_pw, w_dw_bias, bias, residual, stride, pad, dilation) -> tuple[int, ...]:
     """The sizes of y.  Raises ``ValueError`` or ``TypeError`` naming the argument that does not fit."""
-    for name, weight in (("depthwise_weight", w_dw), ("pointwise_weight", w_pw)):
-        check_same("input", x, name, weight)
     N, hidden, P, Q = block._check(x, w_dw, w_pw, None, None, None, stride, pad, dilation)
+    for name, weight in (("depthwise_weight", w_dw), ("pointwise_weight", w_pw)):
+        check_same("input", x, name, weight)  # not of float32 with halves
     sizes = N, w_pw.shape[0], P, Q
     for name, t, expected in (
         ("depthwise_bias", w_dw_bias, (hidden,)),
