@@ -14,7 +14,7 @@ from .problem import Problem
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 PASSES = ("fprop", "dgrad", "wgrad", "dgrad_wgrad")
 FPROP, DGRAD, WGRAD, DGRAD_WGRAD = range(4)
-NONE = (0, 0, 0, 0)
+_NONE = (0, 0, 0, 0)
 
 
 def load(name: str, advice: str) -> tuple[Any, str]:
@@ -41,9 +41,15 @@ def arguments(x, dy, w, bias, out, dw, on_load=None, sums=None) -> tuple:
     """The tensors of a call, or None for what its pass does not have, as a prepared call takes them."""
     vectors = (None, None, None) if on_load is None else on_load[:3]
     made = (w, bias, out, dw, *vectors, *((None, None) if sums is None else sums))
-    x_at, x_strides = (0, NONE) if x is None else (x.data_ptr(), x.stride())
-    dy_at, dy_strides = (0, NONE) if dy is None else (dy.data_ptr(), dy.stride())
+    x_at, x_strides = (0, _NONE) if x is None else (x.data_ptr(), x.stride())
+    dy_at, dy_strides = (0, _NONE) if dy is None else (dy.data_ptr(), dy.stride())
     return (x_at, x_strides, dy_at, dy_strides, *[0 if t is None else t.data_ptr() for t in made])
+
+
+def fprop_arguments(x: Tensor, x_strides: tuple[int, ...], w: Tensor, bias: Tensor | None, y: Tensor) -> tuple:
+    """``arguments(x, None, w, bias, y, None)`` in less time."""
+    bias_at = 0 if bias is None else bias.data_ptr()
+    return x.data_ptr(), x_strides, 0, _NONE, w.data_ptr(), bias_at, y.data_ptr(), 0, 0, 0, 0, 0, 0
 
 
 def readable(t: Tensor, p: Problem) -> Tensor:

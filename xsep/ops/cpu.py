@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from .._compat import fills_memory, itemsize
-from .compiled import CHECKOUT, DTYPES, FPROP, NONE, CompiledBackend, arguments, load, prepared, readable
+from .compiled import CHECKOUT, DTYPES, FPROP, CompiledBackend, arguments, fprop_arguments, load, prepared, readable
 from .problem import BlockProblem, Problem, dense_strides, vector_dtype
 
 _C, _import_error = load("_C", CHECKOUT)
@@ -43,10 +43,7 @@ class CpuBackend(CompiledBackend):
             recycled = size >= _RECYCLED_BYTES
             y = self._empty(p.y, p, x) if recycled else torch.empty_strided(p.y, strides, dtype=p.dtype)
             w, bias = w.contiguous(), None if bias is None else bias.contiguous()
-            bias_at = 0 if bias is None else bias.data_ptr()
-            # arguments(...), of which most are none
-            tensors = (x.data_ptr(), x_strides, 0, NONE, w.data_ptr(), bias_at, y.data_ptr(), 0, 0, 0, 0, 0, 0)
-            call(tensors, _workspace(call.workspace_bytes).data_ptr())
+            call(fprop_arguments(x, x_strides, w, bias, y), _workspace(call.workspace_bytes).data_ptr())
             return y
 
         return run
